@@ -1,0 +1,93 @@
+# Everything a developer or CI runs. `make` alone says what there is.
+# Works as root on a fresh Debian or Ubuntu with nothing but this checkout; installs what it needs, and says so.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS := $(or $(LAB_RESULTS),$(or $(CSI_VDUSE_CACHE),.cache)/results)
+STAMP := $(VENV)/.installed
+ENGINE := $(wildcard csi_vduse/dataplane/src/*.[ch] csi_vduse/dataplane/src/backends/*.c csi_vduse/dataplane/decl/*.h)
+SHELL := /bin/sh
+IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -p no:cacheprovider
+TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
+
+.DEFAULT_GOAL := help
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm bench-deps bench bench-quick bench-publish verify clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+deps:
+	@tools/install-deps.sh
+
+$(STAMP): pyproject.toml setup.py csi_vduse/dataplane/_build.py $(ENGINE)
+	@tools/install-deps.sh
+	@echo "make: installing csi-vduse and its Python packages into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## a working csi-vduse in .venv/bin, build dependencies included
+
+lab-deps: install
+	@lab/install-deps.sh
+	@$(BIN)/python -m lab prepare
+
+demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
+	@$(call TIMED,$(BIN)/python -m lab run --timeout 900 -- $(BIN)/python -m lab.demo)
+
+test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite
+	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-ring && \
+		$(MAKE) --no-print-directory test-fuzz && \
+		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm)
+
+test-unit: install ## unit tests: seconds, no kernel
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/unit)
+
+test-ring: install ## the C engine against a driver of the tests, under ASan, UBSan and TSan
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/ring)
+
+fuzz-deps: install
+	@tools/install-fuzz-deps.sh
+
+test-fuzz: fuzz-deps ## the fuzzers on their corpus, and a little beyond: a minute
+	@$(call TIMED,tests/fuzz/run.sh 12)
+
+FUZZ_SECONDS ?= 1200
+fuzz: fuzz-deps ## the fuzzers for long: FUZZ_SECONDS each (1200), FUZZERS="split packed log threads session decode"
+	@$(call TIMED,tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZERS))
+
+test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU guests; no VM of the lab, no root
+	@$(BIN)/python -m lab.vhost_client
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/vhost_user)
+
+test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/lab)
+
+test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity among it
+	@tools/build_csi_sanity.sh
+	@$(call TIMED,$(IN_VM) tests/vm --junitxml=$(RESULTS)/vm.xml)
+
+bench-deps: lab-deps
+	@tools/install-bench-deps.sh
+
+bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 40 minutes
+	@$(call TIMED,$(BIN)/python -m bench)
+
+bench-quick: bench-deps ## proves that all of the benchmarks run; their figures are void
+	@$(call TIMED,$(BIN)/python -m bench --quick)
+
+bench-publish: install ## the figures of the last `make bench` into docs/
+	@$(BIN)/python -m bench report --publish
+
+verify: install ## generated files, ruff, mypy, import contracts
+	@$(BIN)/python tools/generate_proto.py --check
+	@PYTHONPATH=. $(BIN)/python tools/check_csi_proto.py
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+clean: ## remove the virtual environment and what was built; the cache stays
+	rm -rf $(VENV) build *.egg-info csi_vduse/dataplane/_engine.c csi_vduse/dataplane/*.so
+	$(MAKE) -C tests/ring clean

@@ -1,0 +1,172 @@
+"""The targets of issue 4, and what was measured of each: one line each, those that are lost among them.
+
+Ratios are of medians within one part's results; a row that compares several jobs takes the worst. A row whose
+figures are not there says "not measured".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.results import OURS, QSD, Run, median, runs_of
+
+Figures = dict[str, dict[str, Any] | None]
+Pick = Callable[[Run], float | None]
+
+_READ_WRITE_32 = ("4k randread QD32", "4k randwrite QD32")
+_QD1 = ("4k randread QD1", "4k randwrite QD1")
+_LARGE = ("128k read QD8", "128k write QD8")
+_NATIVE_32 = ("4k read QD32", "4k write QD32")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line of the issue's table; `more` tells whether more is better."""
+
+    text: str
+    at_least: float
+    beyond: float
+    more: bool
+    unit: str
+    measure: Callable[[Figures], float | None]
+
+    def verdict(self, measured: float | None) -> str:
+        """Whether that is good enough, in words."""
+        if measured is None:
+            return "not measured"
+        for bound, word in ((self.beyond, "met, and beyond"), (self.at_least, "met")):
+            if (measured >= bound) if self.more else (measured <= bound):
+                return word
+        return "**lost**"
+
+
+def _iops(run: Run) -> float:
+    return run.iops
+
+
+def _mean(run: Run) -> float:
+    return run.mean_us
+
+
+def _server_cpu(run: Run) -> float | None:
+    return run.server_cpu_us
+
+
+def _value(runs: Iterable[Run], server: str, kind: str, job: str, pick: Pick) -> float | None:
+    """The median of one server; of a family of servers (`server` and a variant behind it) the one with most IOPS."""
+    names = {run.server for run in runs if run.server == server or run.server.startswith(f"{server} ")}
+    best: tuple[float, float | None] | None = None
+    for name in names:
+        mine = [r for r in runs if (r.server, r.kind, r.job, r.queues) == (name, kind, job, 1)]
+        rate = median(mine, _iops)
+        if rate is not None and (best is None or rate > best[0]):
+            best = (rate, median(mine, pick))
+    return best[1] if best else None
+
+
+def ratio(
+    part: str,
+    kind: str,
+    jobs: Iterable[str],
+    peer: str,
+    *,
+    pick: Pick = _iops,
+    peer_kind: str = "",
+    more: bool = True,
+) -> Callable[[Figures], float | None]:
+    """Ours divided by a peer's; the worst of the jobs."""
+
+    def measure(figures: Figures) -> float | None:
+        runs = runs_of(figures.get(part))
+        found = []
+        for job in jobs:
+            mine = _value(runs, OURS, kind, job, pick)
+            theirs = _value(runs, peer, peer_kind or kind, job, pick)
+            if mine is None or not theirs:
+                return None
+            found.append(mine / theirs)
+        return min(found) if more else max(found)
+
+    return measure
+
+
+def _scale(name: str) -> Callable[[Figures], float | None]:
+    def measure(figures: Figures) -> float | None:
+        rows = (figures.get("scale") or {}).get("rows") or []
+        return float(rows[-1][name]) if rows and rows[-1].get(name) is not None else None
+
+    return measure
+
+
+def _first_io(figures: Figures) -> float | None:
+    value = (figures.get("native") or {}).get("worker_start_ms")
+    engine = (figures.get("instructions") or {}).get("engine_to_first_request_us")
+    return None if value is None or engine is None else float(value) + float(engine) / 1e3
+
+
+_TIMES = "\u00d7"
+
+
+def _more(text: str, at_least: float, beyond: float, measure: Callable[[Figures], float | None]) -> Target:
+    """A ratio that ought to be large."""
+    return Target(text, at_least, beyond, more=True, unit=_TIMES, measure=measure)
+
+
+def _less(
+    text: str, at_most: float, beyond: float, measure: Callable[[Figures], float | None], unit: str = _TIMES
+) -> Target:
+    """A ratio or a quantity that ought to be small."""
+    return Target(text, at_most, beyond, more=False, unit=unit, measure=measure)
+
+
+TARGETS = (
+    _more(
+        "VM, null, 4k QD32, IOPS / qemu-storage-daemon's", 1.3, 1.8, ratio("vm", "null", _READ_WRITE_32, QSD)
+    ),
+    _more(
+        "VM, file, 4k QD32, IOPS / our own null's",
+        0.85,
+        0.95,
+        ratio("vm", "file", _READ_WRITE_32, OURS, peer_kind="null"),
+    ),
+    _more(
+        "VM, file, 4k QD32, IOPS / qemu-storage-daemon's", 1.5, 2, ratio("vm", "file", _READ_WRITE_32, QSD)
+    ),
+    _less(
+        "VM, file, 4k QD1, mean latency / qemu-storage-daemon's",
+        0.4,
+        0.25,
+        ratio("vm", "file", _QD1, QSD, pick=_mean, more=False),
+    ),
+    _more(
+        "VM, file, 128k sequential, IOPS / qemu-storage-daemon's", 1.2, 2, ratio("vm", "file", _LARGE, QSD)
+    ),
+    _more("VM, file, 4k QD32, IOPS / ublk's", 0.7, 1.1, ratio("vm", "file", _READ_WRITE_32, "ublk")),
+    _more("VM, file, 4k QD32, IOPS / loop's", 0.35, 0.7, ratio("vm", "file", _READ_WRITE_32, "loop")),
+    _more(
+        "native vhost-user, null, 4k QD32, IOPS / qemu-storage-daemon's",
+        2,
+        3,
+        ratio("native", "null", _NATIVE_32, QSD),
+    ),
+    _more(
+        "native vhost-user, file, 4k QD32, IOPS / qemu-storage-daemon's fastest",
+        2,
+        4,
+        ratio("native", "file", _NATIVE_32, QSD),
+    ),
+    *(
+        _less(
+            f"native vhost-user, {kind}, 4k QD32, the server's CPU time per request / qemu-storage-daemon's",
+            0.5,
+            0.3,
+            ratio("native", kind, _NATIVE_32, QSD, pick=_server_cpu, more=False),
+        )
+        for kind in ("null", "file")
+    ),
+    _less("idle volume, CPU", 0, 0, _scale("cpu_ms_per_s"), "ms/s"),
+    _less("idle volume, private memory beyond the first", 6, 3, _scale("private_mib_beyond_first"), "MiB"),
+    _less("attach to first request served, without the kernel's part", 150, 50, _first_io, "ms"),
+)

@@ -1,0 +1,231 @@
+"""Attach: one function that makes a device, its worker and its bus binding, or leaves nothing behind.
+
+Order (why: vdpa/bus.py and dataplane/device.py): record → CREATE_DEV → in-flight log → msg_timeout, bounce_size →
+worker, which sets the queues up and serves → DEV_NEW and bind → disk or character device → throttle → record.
+The throttle comes late, and detach lifts it early: the kernel reads from a disk, and waits for its requests, under
+the lock that all vDPA devices of the node share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from csi_vduse import log
+from csi_vduse.agent.kernel import Kernel
+from csi_vduse.agent.model import Attachment, AttachSpec, State
+from csi_vduse.agent.store import Store
+from csi_vduse.agent.workers import Worker, WorkerSource
+from csi_vduse.config import AgentConfig, check_socket_path
+from csi_vduse.dataplane import backend_spec, inflight, throttle
+from csi_vduse.dataplane.device import DeviceSpec
+from csi_vduse.dataplane.inflight import LogIdentity
+from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.errors import AlreadyExists
+from csi_vduse.vdpa.model import Bus, BusDevice
+from csi_vduse.vdpa.sysfs import Sysfs
+
+T = TypeVar("T")
+
+_PAGE_BYTES = 4096
+# What a request takes of the bounce memory: its data, and a page each for header, status and descriptors.
+_REQUEST_DATA_BYTES = 128 * 1024
+_REQUEST_OVERHEAD_BYTES = 3 * _PAGE_BYTES
+_MIN_BOUNCE_BYTES = 16 * 1024 * 1024
+_MAX_BOUNCE_BYTES = 256 * 1024 * 1024
+
+
+class BusBinder(Protocol):
+    """What attach and detach need of the vDPA bus."""
+
+    async def attach(self, name: str, bus: Bus, *, timeout_s: float) -> BusDevice:
+        """Bind a served device; off the bus again if that fails."""
+
+    async def detach(self, name: str, *, timeout_s: float) -> None:
+        """Take a device off the bus."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What attach and detach act on."""
+
+    config: AgentConfig
+    kernel: Kernel
+    bus: BusBinder
+    sysfs: Sysfs
+    spawner: WorkerSource
+    store: Store
+
+
+def bounce_size_bytes(queues: int, queue_size: int) -> int:
+    """Return how much bounce memory a disk gets: enough for full queues of ordinary requests, within bounds.
+
+    Pages are allocated when first used and stay until the device goes; too few make the driver requeue
+    requests, which is slow but no error.
+    """
+    wanted = queues * queue_size * (_REQUEST_DATA_BYTES + _REQUEST_OVERHEAD_BYTES)
+    return max(_MIN_BOUNCE_BYTES, min(_MAX_BOUNCE_BYTES, wanted)) // _PAGE_BYTES * _PAGE_BYTES
+
+
+def bounce_bytes_of(spec: AttachSpec) -> int:
+    """Return the bounce memory of an attachment; 0 if it needs none."""
+    # vhost_vdpa shares the guest's own memory.
+    return bounce_size_bytes(spec.queues, spec.queue_size) if spec.bus is Bus.VIRTIO else 0
+
+
+def device_spec(spec: AttachSpec) -> DeviceSpec:
+    """Return the geometry of the device.
+
+    Raises:
+        InvalidArgument: the kernel or a driver would refuse it.
+    """
+    return DeviceSpec(
+        name=spec.device_name,
+        capacity_bytes=spec.capacity_bytes,
+        block_size_bytes=spec.block_size_bytes,
+        queues=spec.queues,
+        queue_size=spec.queue_size,
+        read_only=spec.read_only,
+        packed=spec.packed,
+    )
+
+
+async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
+    """Attach a volume that is not attached; spec has no zeros left.
+
+    Raises:
+        AlreadyExists: a device of this name exists that is not ours.
+        InvalidArgument: impossible geometry.
+        FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
+    """
+    geometry, name = device_spec(spec), spec.device_name
+    check_socket_path(node.store.control_path(name))
+    if node.sysfs.vduse_exists(name) or node.sysfs.vdpa_exists(name):
+        raise AlreadyExists(
+            f"a device named {name!r} exists that this agent did not make",
+            hint="another program made it, or an agent with another run directory; see `csi-vduse doctor`",
+        )
+    async with AsyncExitStack() as undo:
+        attachment = Attachment(spec, State.ATTACHING)
+        undo.callback(_forget_if_gone, node, attachment)
+        node.store.save(attachment)
+        await node.kernel.create(geometry)
+        undo.push_async_callback(node.kernel.destroy, name)
+        inflight.create(node.store.inflight_path(name), _log_identity(node, spec))
+        _tune(node, spec)
+        worker = await start_worker(node, spec, undo)
+        binding = node.bus.attach(name, spec.bus, timeout_s=node.config.step_timeout_s)
+        device, worker = await while_served(
+            worker, binding, functools.partial(start_worker, node, spec, undo, resume=True)
+        )
+        undo.push_async_callback(node.bus.detach, name, timeout_s=node.config.step_timeout_s)
+        if spec.throttle != UNLIMITED:
+            await set_throttle(node, worker, spec.throttle)
+        attachment = replace(attachment, state=State.ATTACHED, device=device, worker_pid=worker.pid)
+        node.store.save(attachment)
+        undo.pop_all()
+        return attachment, worker
+    raise AssertionError("unreachable: an AsyncExitStack of ours swallows no exception")
+
+
+async def while_served(
+    worker: Worker, act: Coroutine[Any, Any, T], replacement: Callable[[], Awaitable[Worker]]
+) -> tuple[T, Worker]:
+    """Do something that the kernel finishes only while a worker serves; one that dies meanwhile is replaced.
+
+    Returns what came of it, and the worker that serves now.
+    """
+    task = asyncio.ensure_future(act)
+    try:
+        while True:
+            ended = asyncio.ensure_future(worker.ended())
+            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            if task.done():
+                return await task, worker
+            log.get().error("a worker died while its device changed hands", pid=worker.pid)
+            worker.close()
+            worker = await replacement()
+    finally:
+        task.cancel()
+
+
+async def start_worker(
+    node: Node,
+    spec: AttachSpec,
+    undo: AsyncExitStack,
+    *,
+    resume: bool = False,
+    limits: Throttle = UNLIMITED,
+) -> Worker:
+    """Start a worker and hand it the device; it serves when this returns.
+
+    limits: hold at once.
+    resume: the device has been served before; what that worker had in flight is replayed before anything else.
+
+    The only other descriptor of the device is ours, and we close it before anything else happens: the kernel
+    gives a dead worker's messages to the next one only when the last descriptor is closed.
+    """
+    worker = await node.spawner.spawn(node.store.control_path(spec.device_name))
+    undo.push_async_callback(worker.kill)
+    with ExitStack() as descriptors:
+        device_fd = node.kernel.open(spec.device_name)
+        descriptors.callback(os.close, device_fd)
+        log_fd = os.open(node.store.inflight_path(spec.device_name), os.O_RDWR | os.O_CLOEXEC)
+        descriptors.callback(os.close, log_fd)
+        await worker.call(
+            {
+                "op": "start",
+                "name": spec.device_name,
+                "serial": spec.volume_id,
+                "backend": backend_spec.to_json(spec.backend),
+                "capacity_bytes": spec.capacity_bytes,
+                "read_only": spec.read_only,
+                "queues": spec.queues,
+                "queue_size": spec.queue_size,
+                "block_size_bytes": spec.block_size_bytes,
+                "packed": spec.packed,
+                "throttle": throttle.to_json(limits),
+                "inflight": asdict(_log_identity(node, spec)),
+                "resume": resume,
+            },
+            [device_fd, log_fd],
+            timeout_s=node.config.step_timeout_s,
+        )
+    return worker
+
+
+async def set_throttle(node: Node, worker: Worker, limits: Throttle) -> None:
+    """Have a worker take limits up."""
+    message = {"op": "throttle", "throttle": throttle.to_json(limits)}
+    await worker.call(message, timeout_s=node.config.step_timeout_s)
+
+
+def _log_identity(node: Node, spec: AttachSpec) -> LogIdentity:
+    folder = node.sysfs.vduse_dir(spec.device_name)
+    return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size)
+
+
+def _tune(node: Node, spec: AttachSpec) -> None:
+    virtio = spec.bus is Bus.VIRTIO
+    timeout_s = node.config.msg_timeout_s if virtio else node.config.vhost_msg_timeout_s
+    node.kernel.set_attribute(spec.device_name, "msg_timeout", timeout_s)
+    if virtio:
+        node.kernel.set_attribute(spec.device_name, "bounce_size", bounce_bytes_of(spec))
+
+
+def _forget_if_gone(node: Node, attachment: Attachment) -> None:
+    """Last step of the undo: if an earlier step failed, keep the record so that detach can finish."""
+    name = attachment.device_name
+    if node.sysfs.vdpa_exists(name) or node.sysfs.vduse_exists(name):
+        log.get().error(
+            "an attach failed and could not be undone; detach will", volume_id=attachment.volume_id
+        )
+        node.store.save(replace(attachment, state=State.DETACHING, state_reason="left by a failed attach"))
+        return
+    node.store.forget(name)

@@ -1,0 +1,117 @@
+"""Detach: refuse while the device is in use, then unbind, end the worker, destroy the device, forget it.
+
+Kept true:
+- A device is unbound only while a worker serves it: without one that would hang, in a place of the kernel that
+  cannot be interrupted. A dead worker is replaced first, and one that dies meanwhile too.
+- Every step is fine if it was done before, so a detach that failed or was killed is finished by the next one.
+- While a disk is being removed we hold it exclusively: nobody mounts it between the look and the act.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+
+from csi_vduse.agent.attach import Node, set_throttle, start_worker, while_served
+from csi_vduse.agent.bounded import bounded
+from csi_vduse.agent.model import Attachment, Bus, State
+from csi_vduse.agent.workers import Worker
+from csi_vduse.dataplane.throttle import UNLIMITED
+from csi_vduse.errors import FailedPrecondition
+
+# udev and the like open a disk for a moment after every change.
+_OPENERS_GRACE_S = 5.0
+_POLL_S = 0.1
+_STOP_TIMEOUT_S = 20.0
+
+
+async def detach(
+    node: Node, attachment: Attachment, worker: Worker | None, *, adopt: Callable[[Worker], None]
+) -> None:
+    """Remove an attachment from this node.
+
+    worker: the living worker, or None.
+    adopt: called with a worker that had to be started; its caller owns it if this fails.
+
+    Raises:
+        FailedPrecondition: the device is in use.
+        DeadlineExceeded: a step hung; calling again continues.
+    """
+    name = attachment.device_name
+
+    async def replacement() -> Worker:
+        async with AsyncExitStack() as undo:
+            started = await start_worker(node, attachment.spec, undo, resume=True)
+            undo.pop_all()
+        adopt(started)
+        return started
+
+    if node.sysfs.driver(name) is not None:
+        if worker is None or not worker.alive:
+            # What the dead one left is finished first: who has the disk open may only wait for that.
+            worker = await replacement()
+        await _refuse_if_used(node, attachment)
+    async with _claimed(node, attachment):
+        pid = worker.pid if worker is not None else 0
+        node.store.save(replace(attachment, state=State.DETACHING, worker_pid=pid))
+        if worker is None:
+            await node.bus.detach(name, timeout_s=node.config.step_timeout_s)
+        else:
+            async with AsyncExitStack() as undo:
+                if attachment.spec.throttle != UNLIMITED:
+                    undo.push_async_callback(set_throttle, node, worker, attachment.spec.throttle)
+                    await set_throttle(node, worker, UNLIMITED)
+                unbinding = node.bus.detach(name, timeout_s=node.config.step_timeout_s)
+                _, worker = await while_served(worker, unbinding, replacement)
+                undo.pop_all()
+    if worker is not None:
+        await worker.stop(timeout_s=_STOP_TIMEOUT_S)
+    await node.kernel.destroy(name)
+    node.store.forget(name)
+
+
+async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
+    name, device = attachment.device_name, node.sysfs.find(attachment.device_name, attachment.spec.bus)
+    if device is None:
+        return
+    if points := node.sysfs.mount_points(name):
+        raise FailedPrecondition(
+            f"{device.path} of volume {attachment.volume_id} is mounted at {', '.join(points)}",
+            hint="unmount it first",
+        )
+    if holders := node.sysfs.holders(name):
+        raise FailedPrecondition(
+            f"{device.path} of volume {attachment.volume_id} is used by {', '.join(holders)}",
+            hint="remove that device first",
+        )
+    deadline = time.monotonic() + _OPENERS_GRACE_S
+    while openers := node.sysfs.openers(device):
+        if time.monotonic() > deadline:
+            raise FailedPrecondition(
+                f"{device.path} of volume {attachment.volume_id} is held open by {', '.join(openers)}",
+                hint="end these processes first",
+            )
+        await asyncio.sleep(_POLL_S)
+
+
+@asynccontextmanager
+async def _claimed(node: Node, attachment: Attachment) -> AsyncIterator[None]:
+    device = node.sysfs.find_disk(attachment.device_name) if attachment.spec.bus is Bus.VIRTIO else None
+    if device is None or not device.path.exists():
+        yield
+        return
+    fd = await bounded(
+        f"claiming {device.path}",
+        functools.partial(node.sysfs.claim_disk, device),
+        timeout_s=node.config.step_timeout_s,
+        undo=os.close,
+    )
+    try:
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,48 @@
+"""VDUSE devices as the agent handles them: made, tuned, opened, destroyed; never blocks the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from csi_vduse.dataplane import device
+from csi_vduse.dataplane.device import DeviceSpec
+
+
+class Kernel(Protocol):
+    """The part of the kernel that attach and detach act on; the tests' one refuses what the kernel does."""
+
+    async def create(self, spec: DeviceSpec) -> None:
+        """Create a device; AlreadyExists if the name is taken."""
+
+    async def destroy(self, name: str) -> None:
+        """Destroy a device, waiting for its last user to let go; fine if there is none."""
+
+    def open(self, name: str) -> int:
+        """Open a device: one opener at a time, Unavailable to a second."""
+
+    def set_attribute(self, name: str, attribute: str, value: int) -> None:
+        """Set msg_timeout (seconds) or bounce_size (bytes)."""
+
+
+class VduseKernel:
+    """The real one."""
+
+    def __init__(self, *, destroy_timeout_s: float) -> None:
+        self._destroy_timeout_s = destroy_timeout_s
+
+    async def create(self, spec: DeviceSpec) -> None:
+        """See Kernel."""
+        device.create_device(spec)
+
+    async def destroy(self, name: str) -> None:
+        """See Kernel. In a thread: it retries while the kernel is still letting go of the device."""
+        await asyncio.to_thread(device.destroy_device, name, timeout_s=self._destroy_timeout_s)
+
+    def open(self, name: str) -> int:
+        """See Kernel."""
+        return device.open_device(name)
+
+    def set_attribute(self, name: str, attribute: str, value: int) -> None:
+        """See Kernel."""
+        device.set_device_attribute(name, attribute, value)

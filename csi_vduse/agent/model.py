@@ -1,0 +1,282 @@
+"""Values of the agent: what an attachment is, how it is asked for, and its record on disk.
+
+A record is written before the agent acts and removed after the last trace is gone, so after a crash every
+device, worker and file of ours is named by a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from csi_vduse.dataplane import backend_spec, throttle
+from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.errors import DataLoss, InvalidArgument
+from csi_vduse.vdpa.model import Bus, BusDevice
+
+__all__ = [
+    "AttachSpec",
+    "Attachment",
+    "Bus",
+    "BusDevice",
+    "Inspection",
+    "OperationStats",
+    "Probe",
+    "State",
+    "VolumeStats",
+    "device_name",
+]
+
+DEFAULT_QUEUE_SIZE = 256
+DEFAULT_BLOCK_SIZE_BYTES = 512
+SECTOR_BYTES = 512
+_MAX_VOLUME_ID_BYTES = 128  # CSI's limit for a volume id in a field
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+
+
+class State(StrEnum):
+    """Where an attachment is in its life."""
+
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+    WORKER_DEAD = "worker_dead"
+    BROKEN = "broken"
+
+
+def device_name(volume_id: str) -> str:
+    """Return the VDUSE device name of a volume: the id if it is a safe name, else a digest of it.
+
+    Names share a directory with the device `control` and end up in paths and in 31-byte virtqueue names.
+    """
+    if _PLAIN_NAME.fullmatch(volume_id) and volume_id != "control":
+        return volume_id
+    return "vol-" + hashlib.sha256(volume_id.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class AttachSpec:
+    """What is asked of an attachment; two specs that are equal ask for the same one.
+
+    Args:
+        volume_id: whose device it is; its first 20 bytes are the disk's serial number.
+        backend: where the bytes are.
+        capacity_bytes: a multiple of the block size.
+        bus: which bus driver gets the device.
+        read_only: the device refuses writes.
+        queues: 0 means the agent's default.
+        queue_size: 0 means the agent's default.
+        block_size_bytes: 0 means 512.
+        packed: offer packed virtqueues; drivers that cannot use them take split ones.
+        throttle: how fast it may be; changes by `Agent.throttle`.
+    """
+
+    volume_id: str
+    backend: BackendSpec
+    capacity_bytes: int
+    bus: Bus = Bus.VIRTIO
+    read_only: bool = False
+    queues: int = 0
+    queue_size: int = 0
+    block_size_bytes: int = 0
+    packed: bool = False
+    throttle: Throttle = UNLIMITED
+
+    def __post_init__(self) -> None:
+        """Refuse what can never be an attachment; device geometry is checked by DeviceSpec."""
+        if (
+            not self.volume_id
+            or len(self.volume_id.encode()) > _MAX_VOLUME_ID_BYTES
+            or "\0" in self.volume_id
+        ):
+            raise InvalidArgument(f"volume id {self.volume_id[:40]!r} is empty or longer than 128 bytes")
+
+    @property
+    def device_name(self) -> str:
+        """Name of the VDUSE device."""
+        return device_name(self.volume_id)
+
+    def with_defaults(self, *, queues: int) -> AttachSpec:
+        """Return the spec with its zeros replaced; `queues` is this node's default."""
+        return replace(
+            self,
+            queues=self.queues or queues,
+            queue_size=self.queue_size or DEFAULT_QUEUE_SIZE,
+            block_size_bytes=self.block_size_bytes or DEFAULT_BLOCK_SIZE_BYTES,
+        )
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A volume on this node.
+
+    Args:
+        spec: what was asked for, zeros replaced.
+        state: see State.
+        state_reason: why, when the state is not the normal one.
+        device: what users open; None until bound.
+        worker_pid: 0 for none.
+    """
+
+    spec: AttachSpec
+    state: State
+    state_reason: str = ""
+    device: BusDevice | None = None
+    worker_pid: int = 0
+
+    @property
+    def volume_id(self) -> str:
+        """The volume's id."""
+        return self.spec.volume_id
+
+    @property
+    def device_name(self) -> str:
+        """Name of the VDUSE device."""
+        return self.spec.device_name
+
+    @property
+    def path(self) -> Path | None:
+        """What users open: /dev/vdX or /dev/vhost-vdpa-N."""
+        return self.device.path if self.device else None
+
+
+@dataclass(frozen=True)
+class OperationStats:
+    """Counters of one kind of request; csi_vduse/histogram.py reads the latencies."""
+
+    operation: str
+    count: int
+    bytes: int
+    errors: int
+    latency_sum_s: float
+    latency_max_s: float
+    latency: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VolumeStats:
+    """Counters of one worker since it started; agent.proto says what each is."""
+
+    volume_id: str
+    backend: str
+    operations: tuple[OperationStats, ...]
+    in_flight: int
+    kicks: int
+    interrupts: int
+    batches: int
+    malformed: int
+    batch_sizes: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    data_max_bytes: int = 0
+    bounce_bytes: int = 0
+    throttled: int = 0
+    throttled_s: float = 0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An attachment with its counters and what the driver negotiated; stats is None without a worker."""
+
+    attachment: Attachment
+    stats: VolumeStats | None
+    features: int
+    device_status: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether the agent can work, and what keeps it from that."""
+
+    version: str
+    ready: bool
+    problems: tuple[str, ...]
+    max_volumes: int
+
+
+def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
+    """Encode an attachment for its record."""
+    spec, device = attachment.spec, attachment.device
+    return {
+        "volume_id": spec.volume_id,
+        "backend": backend_spec.to_json(spec.backend),
+        "capacity_bytes": spec.capacity_bytes,
+        "bus": spec.bus.value,
+        "read_only": spec.read_only,
+        "queues": spec.queues,
+        "queue_size": spec.queue_size,
+        "block_size_bytes": spec.block_size_bytes,
+        "packed": spec.packed,
+        "throttle": throttle.to_json(spec.throttle),
+        "state": attachment.state.value,
+        "state_reason": attachment.state_reason,
+        "worker_pid": attachment.worker_pid,
+        "device": {"path": str(device.path), "major": device.major, "minor": device.minor}
+        if device
+        else None,
+    }
+
+
+def attachment_from_json(value: dict[str, Any]) -> Attachment:
+    """Decode what `attachment_to_json` made.
+
+    Raises:
+        DataLoss: a field is missing or of the wrong kind.
+    """
+    try:
+        device = value["device"]
+        return Attachment(
+            spec=AttachSpec(
+                volume_id=value["volume_id"],
+                backend=backend_spec.from_json(value["backend"]),
+                capacity_bytes=value["capacity_bytes"],
+                bus=Bus(value["bus"]),
+                read_only=value["read_only"],
+                queues=value["queues"],
+                queue_size=value["queue_size"],
+                block_size_bytes=value["block_size_bytes"],
+                packed=value.get("packed", False),
+                throttle=throttle.from_json(value.get("throttle")),
+            ),
+            state=State(value["state"]),
+            state_reason=value["state_reason"],
+            device=BusDevice(Path(device["path"]), device["major"], device["minor"]) if device else None,
+            worker_pid=value["worker_pid"],
+        )
+    except (KeyError, TypeError, ValueError, InvalidArgument) as error:
+        raise DataLoss(f"attachment record is damaged: {error}") from error
+
+
+def stats_from_json(volume_id: str, backend: str, value: dict[str, Any], *, bounce_bytes: int) -> VolumeStats:
+    """Decode a worker's answer to "stats"; what an older worker does not count is zero."""
+    return VolumeStats(
+        volume_id=volume_id,
+        backend=backend,
+        operations=tuple(
+            OperationStats(
+                operation=str(operation["operation"]),
+                count=int(operation["count"]),
+                bytes=int(operation["bytes"]),
+                errors=int(operation["errors"]),
+                latency_sum_s=float(operation["latency_sum_s"]),
+                latency_max_s=float(operation.get("latency_max_s", 0)),
+                latency=tuple(int(bucket) for bucket in operation.get("latency", ())),
+            )
+            for operation in value.get("operations", ())
+        ),
+        in_flight=int(value.get("in_flight", 0)),
+        kicks=int(value.get("kicks", 0)),
+        interrupts=int(value.get("interrupts", 0)),
+        batches=int(value.get("batches", 0)),
+        malformed=int(value.get("malformed", 0)),
+        batch_sizes=tuple(int(bucket) for bucket in value.get("batch_sizes", ())),
+        depths=tuple(int(bucket) for bucket in value.get("depths", ())),
+        data_max_bytes=int(value.get("data_max_bytes", 0)),
+        bounce_bytes=bounce_bytes,
+        throttled=int(value.get("throttled", 0)),
+        throttled_s=float(value.get("throttled_s", 0)),
+    )

@@ -1,0 +1,101 @@
+"""Giving volumes whose worker died another one: at once the first time, ever more slowly if that does not help.
+
+Kept true: I/O of such a volume waits and never fails, however long it takes; and people can read what it waits for.
+A log that does not fit is not tried again: only people can decide what to do then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from csi_vduse import log
+from csi_vduse.errors import DataLoss, DeviceBroken, Pending, VduseError
+
+# Seconds before the first, second ... attempt of a run of deaths; the last one repeats.
+DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+# A worker that has lived this long ends the run.
+_CALM_S = 60.0
+_BUSY_POLL_S = 0.05
+
+
+class Reviver:
+    """The volumes that wait for a worker.
+
+    Args:
+        start: gives a volume a worker, unless it needs none any more. Raises Pending while another operation
+            has the volume, and otherwise why it failed.
+    """
+
+    def __init__(self, start: Callable[[str], Awaitable[None]]) -> None:
+        self._start = start
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._deaths: dict[str, int] = {}
+        self._last_death: dict[str, float] = {}
+        self._reasons: dict[str, str] = {}
+
+    def worker_died(self, volume_id: str) -> None:
+        """Begin to look for another worker, unless somebody does already."""
+        if volume_id in self._tasks:
+            return
+        now = time.monotonic()
+        if now - self._last_death.get(volume_id, -_CALM_S) >= _CALM_S:
+            self._deaths[volume_id] = 0
+        self._last_death[volume_id] = now
+        task = asyncio.get_running_loop().create_task(self._revive(volume_id))
+        self._tasks[volume_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(volume_id, None))
+
+    def reason(self, volume_id: str) -> str:
+        """Return what keeps a volume without a worker, for people."""
+        return self._reasons.get(volume_id, "")
+
+    def forget(self, volume_id: str) -> None:
+        """Forget a volume that is no longer attached."""
+        for known in (self._deaths, self._last_death, self._reasons):
+            known.pop(volume_id, None)
+
+    async def stop(self, volume_id: str) -> None:
+        """Stop looking for a worker for one volume; what was begun is undone."""
+        task = self._tasks.get(volume_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop looking; the next agent goes on."""
+        for volume_id in list(self._tasks):
+            await self.stop(volume_id)
+
+    async def _revive(self, volume_id: str) -> None:
+        while True:
+            attempt = self._deaths.get(volume_id, 0)
+            self._deaths[volume_id] = attempt + 1
+            await asyncio.sleep(DELAYS_S[min(attempt, len(DELAYS_S) - 1)])
+            try:
+                await self._start_when_free(volume_id)
+            except (DataLoss, DeviceBroken) as error:
+                self._reasons[volume_id] = str(error)
+                log.get().error("a volume cannot be served again", volume_id=volume_id, error=str(error))
+                return
+            except VduseError as error:
+                self._reasons[volume_id] = str(error)
+                log.get().warning(
+                    "no worker for a volume yet; its I/O waits",
+                    volume_id=volume_id,
+                    attempt=attempt + 1,
+                    error=str(error),
+                )
+            else:
+                self._reasons.pop(volume_id, None)
+                return
+
+    async def _start_when_free(self, volume_id: str) -> None:
+        while True:
+            try:
+                await self._start(volume_id)
+            except Pending:
+                await asyncio.sleep(_BUSY_POLL_S)
+            else:
+                return

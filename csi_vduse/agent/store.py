@@ -1,0 +1,82 @@
+"""Where the agent keeps what it knows of its attachments: RUN_DIR/volumes/DEVICE/, on tmpfs.
+
+A directory per attachment: record.json (written before acts), control.sock (the worker listens there),
+inflight.log (what it has in flight, for the worker that comes after it). tmpfs, because everything in it is
+about this boot: devices and workers do not survive one either.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_vduse import log, records
+from csi_vduse.agent.model import Attachment, attachment_from_json, attachment_to_json
+from csi_vduse.errors import DataLoss
+
+_RECORD = "record.json"
+_CONTROL = "control.sock"
+_INFLIGHT = "inflight.log"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The records of one agent.
+
+    Args:
+        directory: RUN_DIR/volumes.
+    """
+
+    directory: Path
+
+    def control_path(self, device_name: str) -> Path:
+        """Where the worker of a device listens."""
+        return self.directory / device_name / _CONTROL
+
+    def inflight_path(self, device_name: str) -> Path:
+        """Where the in-flight log of a device is."""
+        return self.directory / device_name / _INFLIGHT
+
+    def save(self, attachment: Attachment) -> None:
+        """Write the attachment's record."""
+        records.write_record(
+            self.directory / attachment.device_name / _RECORD, attachment_to_json(attachment)
+        )
+
+    def forget(self, device_name: str) -> None:
+        """Remove everything that is kept about a device, the record last; fine if there is nothing."""
+        directory = self.directory / device_name
+        if not directory.is_dir():
+            return
+        for entry in directory.iterdir():
+            if entry.name != _RECORD:
+                entry.unlink()
+        records.delete_record(directory / _RECORD)
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def find(self, device_name: str) -> Attachment | None:
+        """Return the attachment that the record of a device describes, or None.
+
+        Raises:
+            DataLoss: the record is damaged.
+        """
+        record = records.read_record(self.directory / device_name / _RECORD)
+        return attachment_from_json(record) if record is not None else None
+
+    def load(self) -> list[Attachment]:
+        """Return what earlier agents left; a directory without record is removed, a bad record logged."""
+        found = []
+        if not self.directory.is_dir():
+            return []
+        for directory in sorted(self.directory.iterdir()):
+            try:
+                attachment = self.find(directory.name)
+            except DataLoss as error:
+                log.get().error("attachment record ignored", path=str(directory), error=str(error))
+                continue
+            if attachment is not None:
+                found.append(attachment)
+            else:
+                self.forget(directory.name)  # killed before the record was written, or after it was removed
+        return found

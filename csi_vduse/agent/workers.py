@@ -1,0 +1,219 @@
+"""The agent's hold on its workers: asking the spawner for one, finding a living one again, talking to it.
+
+Kept true: a worker is identified by a pidfd; one request at a time is under way on a control socket; after a
+missed deadline the socket is replaced, so that a late answer is never taken for another request's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from csi_vduse import log
+from csi_vduse.agent.watch import ProcessWatch, call, connect, wait_readable
+from csi_vduse.dataplane import channel
+from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Unavailable, VduseError
+
+_PING_TIMEOUT_S = 10.0
+_KILL_TIMEOUT_S = 10.0
+
+
+class Worker:
+    """One living or dead worker process.
+
+    Args:
+        pid: its number.
+        pidfd: owned by this object.
+        control: connected control socket, owned by this object.
+        listen_path: where it accepts further control connections.
+    """
+
+    def __init__(self, pid: int, pidfd: int, control: socket.socket, listen_path: str) -> None:
+        self.pid = pid
+        self.on_exit: Callable[[Worker], None] | None = None
+        self._control: socket.socket | None = control
+        self._listen_path = listen_path
+        self._lock = asyncio.Lock()
+        self._closed = False
+        self._watch = ProcessWatch(pid, pidfd, self._exited)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._watch.alive
+
+    async def call(
+        self, message: channel.Message, fds: Sequence[int] = (), *, timeout_s: float
+    ) -> channel.Message:
+        """Send a request and return the answer.
+
+        Raises:
+            Unavailable: the worker is dead or has closed its socket.
+            DeadlineExceeded: no answer in time.
+            VduseError: what the worker reported, as the class that it named.
+        """
+        async with self._lock:
+            if not self.alive:
+                raise Unavailable(f"worker {self.pid} is dead")
+            if self._control is None:
+                self._control, _ = connect(self._listen_path)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await call(self._control, message, fds)
+            except (TimeoutError, asyncio.CancelledError, Unavailable) as error:
+                self._close_control()
+                if isinstance(error, TimeoutError):
+                    raise DeadlineExceeded(
+                        f"worker {self.pid} did not answer {message['op']!r} within {timeout_s:g} s"
+                    ) from error
+                raise
+            finally:
+                if self._closed:
+                    self._close_control()
+
+    async def ended(self) -> None:
+        """Wait for the end of the process."""
+        await self._watch.ended()
+
+    async def stop(self, *, timeout_s: float) -> None:
+        """Let the worker drain, close its device and end; kill it if it does not within timeout_s."""
+        with contextlib.suppress(VduseError):
+            await self.call({"op": "stop"}, timeout_s=timeout_s)
+            if await self._watch.wait(timeout_s):
+                self.close()
+                return
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Kill the worker and wait for its end, after which it holds no descriptor any more.
+
+        Raises:
+            DeadlineExceeded: it is stuck in the kernel.
+        """
+        self.on_exit = None
+        self._watch.signal(signal.SIGKILL)
+        if not await self._watch.wait(_KILL_TIMEOUT_S):
+            raise DeadlineExceeded(f"worker {self.pid} does not end: it is stuck in the kernel")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the worker, whatever it does."""
+        self.on_exit = None
+        self._watch.close()
+        self._closed = True
+        if (
+            not self._lock.locked()
+        ):  # or whoever waits for an answer would wait on a descriptor of somebody else
+            self._close_control()
+
+    def _close_control(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    def _exited(self) -> None:
+        if self.on_exit is not None:
+            self.on_exit(self)
+
+
+class WorkerSource(Protocol):
+    """Whoever can make a worker: the spawner's client, or a fake."""
+
+    async def spawn(self, listen_path: Path) -> Worker:
+        """Start a worker that listens at `listen_path`."""
+
+
+class SpawnerClient:
+    """The agent's end of the spawner's channel.
+
+    Args:
+        sock: the channel; owned by this object.
+        on_lost: called when the spawner is gone: an agent without a spawner ends.
+    """
+
+    def __init__(self, sock: socket.socket, on_lost: Callable[[], None]) -> None:
+        self._socket = sock
+        self._on_lost = on_lost
+        self._lock = asyncio.Lock()
+        self._answers: asyncio.Queue[tuple[channel.Message, list[int]] | None] = asyncio.Queue()
+        self._exit_codes: dict[int, int] = {}
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    def report_ready(self) -> None:
+        """Tell the spawner that the agent serves: from now on it is restarted when it ends."""
+        channel.send(self._socket, {"op": "ready"})
+
+    def exit_code(self, pid: int) -> int | None:
+        """Exit code of a worker that has ended, negative for a signal, if the spawner has told us."""
+        return self._exit_codes.get(pid)
+
+    async def spawn(self, listen_path: Path) -> Worker:
+        """Start a worker.
+
+        Raises:
+            Unavailable: the spawner is gone.
+            VduseError: it could not fork.
+        """
+        async with self._lock:
+            channel.send(self._socket, {"op": "spawn", "listen_path": str(listen_path)})
+            reply = await self._answers.get()
+        if reply is None:
+            raise Unavailable("the spawner is gone")
+        answer, fds = reply
+        channel.raise_for_error(answer)
+        control, pidfd = fds
+        return Worker(int(answer["pid"]), pidfd, socket.socket(fileno=control), str(listen_path))
+
+    async def close(self) -> None:
+        """Close the channel."""
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._socket.close()
+
+    async def _read(self) -> None:
+        while True:
+            await wait_readable(self._socket.fileno())
+            try:
+                message, fds = channel.receive(self._socket)
+            except VduseError:
+                self._answers.put_nowait(None)
+                self._on_lost()
+                return
+            if message.get("op") == "exited":
+                self._exit_codes[int(message["pid"])] = int(message["code"])
+                while len(self._exit_codes) > 1024:  # the oldest are of no interest to anyone
+                    self._exit_codes.pop(next(iter(self._exit_codes)))
+            else:
+                self._answers.put_nowait((message, fds))
+
+
+async def find_worker(listen_path: Path) -> Worker | None:
+    """Return the living worker that serves at `listen_path`, left by an earlier agent, or None.
+
+    The pidfd is opened before the worker has proved by an answer that it lives, so it stands for that worker.
+    """
+    try:
+        sock, pid = connect(str(listen_path))
+    except Unavailable:
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        sock.close()
+        return None
+    worker = Worker(pid, pidfd, sock, str(listen_path))
+    try:
+        await worker.call({"op": "ping"}, timeout_s=_PING_TIMEOUT_S)
+    except (FailedPrecondition, Unavailable, DeadlineExceeded) as error:
+        log.get().warning("a worker does not answer", pid=pid, path=str(listen_path), error=str(error))
+        if not worker.alive:
+            worker.close()
+            return None
+    return worker

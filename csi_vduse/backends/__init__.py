@@ -1,0 +1,1 @@
+"""Control side of each backend: create, delete, expand, snapshot, clone, capacity."""

@@ -1,0 +1,112 @@
+"""What the services ask of a pool, whatever its backend: the seam that file, nbd and rbd pools implement.
+
+Promises of every implementation: an image appears whole under its final name or not at all; every call may be
+repeated after a crash and then continues or finds its work done; nothing blocks the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.volumes.model import Snapshot, Volume
+
+
+@dataclass(frozen=True)
+class PoolUsage:
+    """How large a pool is and what stands in it besides the volumes' promised capacity.
+
+    Args:
+        total_bytes: what the storage can hold for us at most.
+        foreign_bytes: taken by others.
+        snapshot_bytes: allocated by finished snapshots; they never grow.
+    """
+
+    total_bytes: int
+    foreign_bytes: int
+    snapshot_bytes: int
+
+
+class Backend(Protocol):
+    """One pool. Any method may raise FailedPrecondition (pool not usable), ResourceExhausted, Unavailable."""
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The backend's name, such as "file"."""
+        ...
+
+    async def check(self) -> None:
+        """Prove that the pool is there and is the one we used before."""
+        ...
+
+    async def usage(self) -> PoolUsage:
+        """Measure the pool."""
+        ...
+
+    async def create(self, volume: Volume) -> None:
+        """Make an image that reads as zeros; fine if it is there."""
+        ...
+
+    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+        """Make an image with the source's content; the source must not be written meanwhile.
+
+        Args:
+            source: the volume to copy.
+            volume: the new one, at least as large.
+            until_s: time.monotonic() after which the copy is worthless and is given up.
+
+        Raises:
+            DeadlineExceeded: until_s came first; nothing is left.
+            DataLoss: the source is missing or shorter than it should be.
+        """
+        ...
+
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+        """Keep a copy of the source under the snapshot's id; as `clone`."""
+        ...
+
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+        """Make an image with the snapshot's content; as `clone`."""
+        ...
+
+    async def expand(self, volume: Volume, capacity_bytes: int) -> None:
+        """Grow the image; fine if it is that large already. Never shrinks."""
+        ...
+
+    async def delete_volume(self, volume_id: str) -> None:
+        """Remove the image; fine if it is gone."""
+        ...
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Remove the snapshot's image; fine if it is gone."""
+        ...
+
+    async def has_volume(self, volume_id: str) -> bool:
+        """Tell whether there is an image of this id."""
+        ...
+
+    async def problem(self, volume: Volume) -> str:
+        """Say what is wrong with the volume's image, or nothing if it is as recorded."""
+        ...
+
+    async def allocated_bytes(self, of: Volume | Snapshot) -> int:
+        """Measure what a full copy would have to move, in bytes; 0 if there is no image."""
+        ...
+
+    async def clean(self) -> None:
+        """Remove what interrupted calls left unfinished."""
+        ...
+
+    def close(self) -> None:
+        """Stop the threads; the pool is not used afterwards."""
+        ...
+
+    def data_path(self, volume: Volume) -> BackendSpec:
+        """Return what the agent needs to serve the volume."""
+        ...

@@ -1,0 +1,335 @@
+"""Pools of kind `file`: a directory of one node, an image file for each volume and snapshot.
+
+Layout: `pool.json` (the pool's mark), `volumes/ID/{image.raw,meta.json}`, `snapshots/ID/` likewise.
+Images are sparse. An image is made in `ID.RANDOM.tmp` and renamed, so a directory without `.tmp` is always
+whole; what dies on the way is removed by `clean` at the next start. The random part keeps a thread that was
+given up, and still runs, away from the try that followed it. meta.json tells a person what a directory is if
+the registry is lost; no code trusts it.
+
+The mark guards against an unmounted pool: the state directory remembers the mark's id, and a directory
+without it is refused. Otherwise volumes would be made on the root file system, and deletes would find nothing
+and leak.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from csi_vduse import records
+from csi_vduse.backends.base import PoolUsage
+from csi_vduse.backends.copying import copy_image
+from csi_vduse.backends.faults import translated
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
+from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition
+from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
+from csi_vduse.volumes.model import Snapshot, Volume, snapshot_to_json, volume_to_json
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+KIND = "file"
+IMAGE = "image.raw"
+_META = "meta.json"
+_MARK = "pool.json"
+_UNFINISHED = ".tmp"
+_SMALL_THREADS = 4
+_SECTOR_BYTES = 512  # unit of st_blocks, stat(2)
+# A copy is stopped by its own deadline; the thread's is a little later and only catches a hanging call.
+_COPY_GRACE_S = 30.0
+_TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY)  # rename(2)
+
+Fill = Callable[[int], None]
+
+
+class FilePool:
+    """A pool in a directory; see the Protocol Backend for what the methods promise.
+
+    Args:
+        name: of the pool.
+        directory: where; must exist. It is never made: a missing one is most likely not mounted.
+        memory: the file in the state directory that remembers this pool's mark.
+        copy_threads: how many images are copied at once.
+    """
+
+    def __init__(self, name: str, directory: Path, *, memory: Path, copy_threads: int = 4) -> None:
+        self._name = name
+        self._directory = directory
+        self._memory = memory
+        self._marking = threading.Lock()
+        # Threads of its own: a pool that hangs holds up no other.
+        self._small = BlockingPool(f"pool {name!r}", _SMALL_THREADS)
+        self._copies = BlockingPool(f"copy in pool {name!r}", copy_threads)
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._name
+
+    @property
+    def kind(self) -> str:
+        """Always "file"."""
+        return KIND
+
+    async def check(self) -> None:
+        """Prove that the directory is there, is one, and carries the mark that we remember."""
+        await self._short(self._check)
+
+    async def usage(self) -> PoolUsage:
+        """Measure the file system and what of it is ours."""
+        return await self._short(self._usage)
+
+    async def create(self, volume: Volume) -> None:
+        """Make a sparse image of the volume's capacity."""
+        until_s = time.monotonic() + DEFAULT_TIMEOUT_S - _COPY_GRACE_S
+        await self._short(self._make_volume, volume, lambda _fd: None, until_s)
+
+    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+        """Copy another volume's image."""
+        fill = self._filler(self._volume_image(source.id), source.capacity_bytes, until_s)
+        await self._long(until_s, self._make_volume, volume, fill, until_s)
+
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+        """Copy a snapshot's image."""
+        fill = self._filler(self._snapshot_image(snapshot.id), snapshot.size_bytes, until_s)
+        await self._long(until_s, self._make_volume, volume, fill, until_s)
+
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+        """Copy a volume's image to a snapshot."""
+        fill = self._filler(self._volume_image(source.id), snapshot.size_bytes, until_s)
+        await self._long(
+            until_s,
+            self._make,
+            self._snapshot_image(snapshot.id).parent,
+            snapshot.size_bytes,
+            snapshot_to_json(snapshot),
+            fill,
+            until_s,
+        )
+
+    async def expand(self, volume: Volume, capacity_bytes: int) -> None:
+        """Grow the image; the new end is a hole."""
+        await self._short(self._expand, volume, capacity_bytes)
+
+    async def delete_volume(self, volume_id: str) -> None:
+        """Remove the volume's directory."""
+        await self._short(self._delete, self._volume_image(volume_id).parent)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Remove the snapshot's directory."""
+        await self._short(self._delete, self._snapshot_image(snapshot_id).parent)
+
+    async def has_volume(self, volume_id: str) -> bool:
+        """Tell whether the volume's directory is there."""
+        return await self._short(self._exists, self._volume_image(volume_id).parent)
+
+    async def problem(self, volume: Volume) -> str:
+        """Say whether the image is missing or shorter than the volume."""
+        try:
+            await self._short(self._verify, volume)
+        except (DataLoss, FailedPrecondition) as error:
+            return str(error)
+        return ""
+
+    async def allocated_bytes(self, of: Volume | Snapshot) -> int:
+        """Measure the blocks of the image."""
+        path = self._volume_image(of.id) if isinstance(of, Volume) else self._snapshot_image(of.id)
+        return await self._short(_allocated, path)
+
+    async def clean(self) -> None:
+        """Remove `*.tmp` below volumes and snapshots: what interrupted calls left."""
+        await self._short(self._clean)
+
+    def data_path(self, volume: Volume) -> BackendSpec:
+        """Return the image's path."""
+        return FileBackend(self._volume_image(volume.id).absolute())
+
+    def close(self) -> None:
+        """Stop the threads; the pool is not used afterwards."""
+        self._small.close()
+        self._copies.close()
+
+    # Everything below is synchronous and runs in a thread.
+
+    async def _short(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        with translated(f"pool {self._name!r}"):
+            return await self._small.run(DEFAULT_TIMEOUT_S, function, *args, **kwargs)
+
+    async def _long(self, until_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        with translated(f"pool {self._name!r}"):
+            timeout_s = max(until_s - time.monotonic(), 0.0) + _COPY_GRACE_S
+            return await self._copies.run(timeout_s, function, *args, **kwargs)
+
+    def _volume_image(self, volume_id: str) -> Path:
+        return self._directory / "volumes" / volume_id / IMAGE
+
+    def _snapshot_image(self, snapshot_id: str) -> Path:
+        return self._directory / "snapshots" / snapshot_id / IMAGE
+
+    def _check(self) -> None:
+        what = f"pool {self._name!r}: {self._directory}"
+        try:
+            mode = self._directory.stat().st_mode
+        except FileNotFoundError:
+            raise FailedPrecondition(f"{what} does not exist", hint="create or mount it") from None
+        if not stat.S_ISDIR(mode):
+            raise FailedPrecondition(f"{what} is not a directory", hint="give the pool a directory")
+        # Two first calls at once must not make two marks.
+        with self._marking:
+            self._check_mark(what)
+
+    def _check_mark(self, what: str) -> None:
+        mark, memory = records.read_record(self._directory / _MARK), records.read_record(self._memory)
+        if memory is None:
+            mark = mark or {"pool_id": secrets.token_hex(8)}
+            records.write_record(self._directory / _MARK, mark)
+            records.write_record(self._memory, {"pool_id": mark["pool_id"], "location": str(self._directory)})
+        elif mark is None or mark.get("pool_id") != memory.get("pool_id"):
+            raise FailedPrecondition(
+                f"{what} is not the pool that was used before: {_MARK} is missing or differs",
+                hint=f"mount the right file system; if the pool is a new one, remove {self._memory}",
+            )
+
+    def _usage(self) -> PoolUsage:
+        self._check()
+        system = os.statvfs(self._directory)
+        free_bytes = system.f_bavail * system.f_frsize
+        total_bytes = (system.f_blocks - system.f_bfree + system.f_bavail) * system.f_frsize
+        volume_bytes = sum(_allocated(path) for path in self._directory.glob(f"volumes/*/{IMAGE}"))
+        snapshot_bytes = sum(_allocated(path) for path in self._directory.glob(f"snapshots/*/{IMAGE}"))
+        # Shared blocks count in every file that shares them, so what remains may come out below zero.
+        foreign_bytes = max(0, total_bytes - free_bytes - volume_bytes - snapshot_bytes)
+        return PoolUsage(total_bytes, foreign_bytes, snapshot_bytes)
+
+    def _filler(self, source: Path, size_bytes: int, until_s: float) -> Fill:
+        def fill(target_fd: int) -> None:
+            try:
+                source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise _missing(source) from None
+            try:
+                copy_image(source_fd, target_fd, size_bytes=size_bytes, until_s=until_s)
+            finally:
+                os.close(source_fd)
+
+        return fill
+
+    def _make_volume(self, volume: Volume, fill: Fill, until_s: float) -> None:
+        target = self._volume_image(volume.id).parent
+        self._make(target, volume.capacity_bytes, volume_to_json(volume), fill, until_s)
+
+    def _make(
+        self, target: Path, size_bytes: int, meta: dict[str, object], fill: Fill, until_s: float
+    ) -> None:
+        self._check()
+        if target.exists():
+            return
+        unfinished = _unfinished(target)
+        unfinished.mkdir(parents=True, mode=0o700)
+        with ExitStack() as undo:
+            undo.callback(_remove_tree, unfinished)
+            image_fd = os.open(unfinished / IMAGE, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            try:
+                fill(image_fd)
+                if os.fstat(image_fd).st_size != size_bytes:
+                    os.ftruncate(image_fd, size_bytes)
+                os.fsync(image_fd)
+            finally:
+                os.close(image_fd)
+            records.write_record(unfinished / _META, meta)
+            if time.monotonic() > until_s + _COPY_GRACE_S / 2:
+                # Nobody waits for this thread any more: an image now would belong to no record.
+                raise DeadlineExceeded(f"{target} took too long", hint="the file system is slow or hangs")
+            try:
+                unfinished.rename(target)
+            except OSError as error:
+                # A try that had been given up came to its end first; its image is whole.
+                if error.errno not in _TARGET_EXISTS:
+                    raise
+            else:
+                undo.pop_all()
+        _flush_directory(target.parent)
+
+    def _expand(self, volume: Volume, capacity_bytes: int) -> None:
+        self._verify(volume)
+        image_fd = os.open(self._volume_image(volume.id), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(image_fd).st_size < capacity_bytes:
+                os.ftruncate(image_fd, capacity_bytes)
+                os.fsync(image_fd)
+        finally:
+            os.close(image_fd)
+
+    def _verify(self, volume: Volume) -> None:
+        self._check()
+        path = self._volume_image(volume.id)
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            raise _missing(path) from None
+        if size_bytes < volume.capacity_bytes:
+            raise DataLoss(
+                f"image {path} has {size_bytes} bytes, the volume has {volume.capacity_bytes}",
+                hint="the file was truncated outside csi-vduse; restore it from a backup",
+            )
+
+    def _exists(self, path: Path) -> bool:
+        self._check()
+        return path.exists()
+
+    def _delete(self, target: Path) -> None:
+        self._check()
+        unfinished = _unfinished(target)
+        try:
+            target.rename(unfinished)
+        except FileNotFoundError:
+            return
+        _flush_directory(target.parent)
+        _remove_tree(unfinished)
+
+    def _clean(self) -> None:
+        self._check()
+        for part in ("volumes", "snapshots"):
+            for path in self._directory.glob(f"{part}/*{_UNFINISHED}"):
+                _remove_tree(path)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * _SECTOR_BYTES
+    except FileNotFoundError:
+        return 0
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+
+
+def _remove_tree(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+
+
+def _missing(path: Path) -> DataLoss:
+    return DataLoss(
+        f"image {path} is missing", hint="it was removed outside csi-vduse; restore it from a backup"
+    )
+
+
+def _flush_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

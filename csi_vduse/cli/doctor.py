@@ -1,0 +1,45 @@
+"""`csi-vduse doctor`: what on this host is missing or wrong for the driver, and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from csi_vduse.cli.options import Subcommands
+from csi_vduse.config import parse_pool
+from csi_vduse.node.doctor import Finding, examine
+
+_PIPE_COLUMNS = 250  # without a terminal nothing is cut off
+
+
+def add_parser(subcommands: Subcommands) -> None:
+    """Declare the subcommand."""
+    parser = subcommands.add_parser("doctor", help=__doc__.partition(": ")[2])
+    parser.add_argument("--pool", action="append", default=[], metavar="NAME=file:DIR", help="check it too")
+    parser.add_argument("--output", choices=("table", "json"), default="table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings; 1 if one of them keeps the driver from working."""
+    findings = examine(tuple(parse_pool(text) for text in options.pool))
+    if options.output == "json":
+        json.dump([asdict(finding) for finding in findings], sys.stdout, indent=2)
+        print()
+    else:
+        _print_table(findings)
+    return 1 if any(finding.verdict == "bad" for finding in findings) else 0
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - only tables need it
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table("check", "verdict", "seen", "what to do", box=None)
+    colours = {"good": "green", "warning": "yellow", "bad": "red"}
+    for finding in findings:
+        verdict = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
+        table.add_row(finding.check, verdict, finding.seen, finding.remedy)
+    Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)

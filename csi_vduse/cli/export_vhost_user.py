@@ -1,0 +1,51 @@
+"""`csi-vduse export --vhost-user`: a disk behind a vhost-user socket, in the foreground.
+
+The first line printed is the path of the socket, when it can be connected to. SIGTERM or SIGINT removes it. SIGHUP
+shows the front-end the size that the file has grown to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import ExitStack
+
+from csi_vduse.agent.agent import default_queues
+from csi_vduse.cli.options import parse_backend, throttle_of
+from csi_vduse.dataplane.device import DeviceSpec
+from csi_vduse.dataplane.engine import Engine
+from csi_vduse.dataplane.vhost_user.server import Server
+
+# QEMU's default for vhost-user-blk-pci. A driver may send requests as large as seg_max, which follows from this,
+# says, and QEMU hands that on to a guest whatever its own queue-size is: so the smaller number is the safe one.
+_DEFAULT_QUEUE_SIZE = 128
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM."""
+    backend, capacity_bytes = parse_backend(options.backend)
+    spec = DeviceSpec(
+        name=options.name,
+        capacity_bytes=capacity_bytes,
+        block_size_bytes=options.block_size or 512,
+        queues=options.queues or default_queues(),
+        queue_size=options.queue_size or _DEFAULT_QUEUE_SIZE,
+        read_only=options.read_only,
+    )
+    with ExitStack() as undo:
+        event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        undo.callback(os.close, event_fd)
+        engine = Engine(
+            backend=backend,
+            capacity_bytes=spec.capacity_bytes,
+            block_size_bytes=spec.block_size_bytes,
+            max_queues=spec.queues,
+            read_only=spec.read_only,
+            serial=spec.name,
+            event_fd=event_fd,
+        )
+        undo.callback(engine.close)
+        engine.set_throttle(throttle_of(options))
+        server = Server(options.vhost_user, engine, spec, event_fd)
+        server.run(lambda: print(options.vhost_user, flush=True))
+    return 0

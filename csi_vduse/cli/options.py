@@ -1,0 +1,102 @@
+"""Options that several subcommands share, so that they read and default the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_size
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.errors import InvalidArgument
+from csi_vduse.vdpa.model import Bus
+
+T = TypeVar("T")
+Subcommands = Any  # argparse keeps the type of add_subparsers' result to itself
+
+
+def option(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Make a parser of ours an argparse type: its error text becomes the usage error's."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except InvalidArgument as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def add_agent_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the agent's part in `agent` and `standalone`."""
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="on tmpfs: sockets and records")
+    parser.add_argument("--metrics-address", metavar="HOST:PORT", help="serve Prometheus metrics there")
+    parser.add_argument(
+        "--max-volumes", type=int, default=0, help="attachments on this node; 0: as many as it can serve"
+    )
+
+
+def agent_config(options: argparse.Namespace) -> AgentConfig:
+    """Read what add_agent_options added."""
+    return AgentConfig(
+        run_dir=options.run_dir.absolute(),
+        max_volumes=options.max_volumes,
+        metrics_address=options.metrics_address,
+    )
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a device and what it serves."""
+    parser.add_argument("--bus", type=Bus, choices=list(Bus), default=Bus.VIRTIO)
+    parser.add_argument("--backend", required=True, metavar="file:PATH|null:SIZE")
+    parser.add_argument("--queues", type=int, default=0, help="0: a default for this machine")
+    parser.add_argument("--queue-size", type=int, default=0, help="a power of two; 0: the default")
+    parser.add_argument("--block-size", type=int, default=0, help="bytes; 0: 512")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="offer packed virtqueues to the driver")
+    add_throttle_options(parser)
+
+
+def add_throttle_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how fast a volume may be."""
+    parser.add_argument("--iops", type=int, help="requests per second; 0: no limit")
+    parser.add_argument(
+        "--bandwidth", type=option(parse_size), metavar="SIZE", help="bytes per second; 0: no limit"
+    )
+    parser.add_argument(
+        "--burst-seconds", type=float, metavar="S", help="an idle volume saves up its limits for so long"
+    )
+
+
+def throttle_of(options: argparse.Namespace, before: Throttle = UNLIMITED) -> Throttle:
+    """Read what add_throttle_options added; what was not given stays as before.
+
+    Raises:
+        InvalidArgument: a value out of range.
+    """
+    return Throttle(
+        iops=before.iops if options.iops is None else options.iops,
+        bytes_per_s=before.bytes_per_s if options.bandwidth is None else options.bandwidth,
+        burst_s=before.burst_s if options.burst_seconds is None else options.burst_seconds,
+    )
+
+
+def parse_backend(text: str) -> tuple[BackendSpec, int]:
+    """Return the backend and its capacity in bytes, for `file:PATH` or `null:SIZE`.
+
+    Raises:
+        InvalidArgument: neither, or the file cannot be looked at.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "null" and rest:
+        return NullBackend(), parse_size(rest)
+    if kind == "file" and rest:
+        path = Path(rest).absolute()
+        try:
+            with path.open("rb") as file:
+                return FileBackend(path), file.seek(0, 2)
+        except OSError as error:
+            raise InvalidArgument(f"backend file {path}: {error.strerror}") from error
+    raise InvalidArgument(f"backend {text!r} is not file:PATH or null:SIZE")

@@ -1,0 +1,164 @@
+/*
+ * The engine's interface, read by the C compiler and by cffi (which knows no preprocessor: declarations only).
+ *
+ * One engine serves one device. Control calls come from one thread (the worker's control loop); each running
+ * queue has a thread of its own. Calls return 0 or a positive result, or -errno.
+ */
+
+enum vd_operation {
+    VD_READ,
+    VD_WRITE,
+    VD_FLUSH,
+    VD_DISCARD,
+    VD_WRITE_ZEROES,
+    VD_GET_ID,
+    VD_UNSUPPORTED,
+    VD_OPERATIONS
+};
+
+/* Of histograms; src/histogram.h says what each counts. */
+enum { VD_LATENCY_BUCKETS = 217, VD_COUNT_BUCKETS = 11, VD_SERIAL_BYTES = 20 };
+
+/* Why a queue serves no more requests until the driver resets the device. */
+enum vd_queue_fault {
+    VD_FAULT_NONE,
+    VD_FAULT_RING_ADDRESS,  /* a ring is not in mapped memory, or misaligned */
+    VD_FAULT_AVAIL_INDEX,   /* more entries than the ring holds, or a state that no ring is in */
+    VD_FAULT_HEAD,          /* head or buffer id out of range, or in flight already */
+    VD_FAULT_CHAIN,         /* descriptors loop, point nowhere, or leave no place for the status */
+    VD_FAULT_MEMORY,        /* mapped memory went away under us (SIGBUS) */
+    VD_FAULT_BACKEND,       /* the queue's io_uring could not be set up */
+    VD_FAULT_LOG,           /* the in-flight log is not one of this queue */
+    VD_FAULTS
+};
+
+/* One mapped range: the file behind it is mapped at offset, and its first byte has address iova. */
+struct vd_region {
+    uint64_t iova;
+    uint64_t size;
+    uint64_t offset;
+    int fd;
+    int writable;
+};
+
+struct vd_config {
+    uint32_t max_queues;
+    uint32_t block_size_bytes;
+    uint64_t capacity_bytes;
+    int read_only;
+    int event_fd;             /* eventfd written when a queue faults or a request fails; -1: none */
+    const char *serial;       /* answer to GET_ID, cut to 20 bytes */
+    const char *backend;      /* "file" or "null" */
+    const char *path;         /* of the file backend */
+};
+
+/* What all queues together may start in a second, counting all requests but FLUSH; 0: no limit. */
+struct vd_limits {
+    uint64_t requests_per_s;
+    uint64_t bytes_per_s;     /* of reads and writes */
+    uint32_t burst_ms;        /* how long a device that was idle may go without limits' pace: what it saved up */
+};
+
+struct vd_backend_info {
+    int direct;               /* requests bypass the page cache */
+    int discard;              /* DISCARD and WRITE_ZEROES can be offered */
+    uint64_t capacity_bytes;  /* what the backend holds; 0: any */
+};
+
+/* Where a queue is and how it speaks to its driver. */
+struct vd_queue_config {
+    uint64_t features;        /* negotiated */
+    uint32_t size;
+    uint64_t desc_iova;
+    uint64_t driver_iova;
+    uint64_t device_iova;
+    /*
+     * Where to begin. Split: the index of the next available entry. Packed: as in a vring base of vhost-user, from
+     * bit 0 index and (bit 15) wrap counter of the next available entry, from bit 16 the same of the next used one.
+     */
+    uint32_t state;
+    /*
+     * Served before by a process that died. With a log: first serve again what the log says was in flight, in order of
+     * submission; then go on where fetching ended. Without: nothing was in flight; fetch on where the used ring ends
+     * (split only).
+     */
+    int resume;
+    void *inflight;           /* in-flight log, 64-byte aligned, mapped until the queue has stopped; NULL: none */
+    uint64_t inflight_bytes;
+    int kick_fd;              /* eventfd, only polled; belongs to the caller until the queue has stopped */
+    int notify_fd;            /* VDUSE device, or eventfd if notify_ioctl is 0 */
+    unsigned long notify_ioctl;
+};
+
+struct vd_operation_stats {
+    uint64_t count;
+    uint64_t bytes;
+    uint64_t errors;
+    uint64_t latency_ns;      /* of all of them together */
+    uint64_t latency_max_ns;
+    uint64_t latency[217];
+};
+
+/* Written by the queue's thread alone; survives restarts of the queue. */
+struct vd_queue_stats {
+    struct vd_operation_stats operations[7];
+    uint64_t kicks;
+    uint64_t interrupts;
+    uint64_t batches;         /* requests taken together */
+    uint64_t batch_sizes[11];
+    uint64_t depths[11];      /* in flight when a batch had been taken */
+    uint64_t malformed;
+    uint64_t throttled;       /* how often the limits stopped the queue */
+    uint64_t throttled_ns;    /* for how long */
+    uint64_t data_max_bytes;  /* of reads and writes in flight at once, the most there ever were */
+    uint32_t in_flight;
+    uint32_t fault;           /* enum vd_queue_fault */
+    uint32_t running;
+};
+
+/* The newest failure, for the log. */
+struct vd_failure {
+    uint64_t count;           /* failures since the engine was made */
+    uint64_t offset_bytes;
+    uint32_t operation;
+    int32_t error;            /* positive errno */
+};
+
+struct vd_engine;
+
+int vd_engine_new(const struct vd_config *config, struct vd_engine **engine);
+/* All queues must have stopped. */
+void vd_engine_free(struct vd_engine *engine);
+void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info);
+/* Replace the address map; all queues must be stopped or paused. Descriptors stay the caller's. */
+int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regions, uint32_t count);
+int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes);
+/* Change the limits, at any time; what waits for the old ones asks again. */
+void vd_engine_set_limits(struct vd_engine *engine, const struct vd_limits *limits);
+void vd_engine_failure(struct vd_engine *engine, struct vd_failure *failure);
+
+/*
+ * In-flight logs: the size of a queue's, and making one of a queue that the driver has just reset (index 0), which a
+ * start with resume then takes for granted. A start without resume does that itself. -EINVAL: too small.
+ */
+uint64_t vd_inflight_bytes(uint32_t queue_size, int packed);
+int vd_inflight_init(void *log, uint64_t bytes, uint32_t queue_size, int packed);
+
+/* -EINVAL also if the log is not one of this queue. */
+int vd_queue_start(struct vd_engine *engine, uint32_t index, const struct vd_queue_config *config);
+/*
+ * Stop fetching, wait for what is in flight, end the thread. After timeout_ms what is still in flight is
+ * abandoned: it ends in the background and its results are dropped; -ETIMEDOUT. Not running is fine. After
+ * -ETIMEDOUT replace the address map before the driver may use its memory again: that is what keeps late reads out
+ * of it, but for pages that the kernel has pinned for direct I/O already. What was abandoned stays in the in-flight log,
+ * which the caller must not unmap then.
+ */
+int vd_queue_stop(struct vd_engine *engine, uint32_t index, uint32_t timeout_ms);
+/* Stop fetching and wait for what is in flight; -ETIMEDOUT leaves the queue paused all the same. */
+int vd_queue_pause(struct vd_engine *engine, uint32_t index, uint32_t timeout_ms);
+int vd_queue_resume(struct vd_engine *engine, uint32_t index);
+/* How far a running or the last stopped queue is, as in vd_queue_config. */
+int vd_queue_state(struct vd_engine *engine, uint32_t index, uint32_t *state);
+/* Where a latency is counted; for those who read the counts, to know that they and we agree. */
+uint32_t vd_latency_bucket_of(uint64_t ns);
+void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_queue_stats *stats);

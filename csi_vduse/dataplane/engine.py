@@ -1,0 +1,318 @@
+"""The C engine as a Python object: return codes become errors, structs become values.
+
+Theory of operation, threads and invariants: src/engine.c and src/queue.c. Calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from csi_vduse.dataplane._engine import ffi, lib
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane.throttle import Throttle
+from csi_vduse.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+    VduseError,
+)
+
+OPERATIONS: Final = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "unsupported")
+FAULTS: Final = (
+    "none",
+    "ring-address",
+    "avail-index",
+    "head",
+    "chain",
+    "memory",
+    "io_uring",
+    "in-flight-log",
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One range of the driver's addresses and the file that backs it; the fd is only used during the call."""
+
+    iova: int
+    size_bytes: int
+    offset_bytes: int
+    fd: int
+    writable: bool
+
+
+@dataclass(frozen=True)
+class QueueAddress:
+    """Where a queue is, and how to speak to its driver; state as in decl/engine.h, ``struct vd_queue_config``.
+
+    inflight: shared memory of ``inflight_bytes``, which stays mapped until the queue has stopped in time.
+    """
+
+    features: int
+    size: int
+    desc_iova: int
+    driver_iova: int
+    device_iova: int
+    state: int
+    resume: bool
+    kick_fd: int
+    notify_fd: int
+    notify_ioctl: int
+    inflight: mmap.mmap | memoryview | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The newest failed request: how many failed so far, and what happened to the last."""
+
+    count: int
+    operation: str
+    offset_bytes: int
+    error: str
+
+
+def inflight_bytes(queue_size: int, *, packed: bool) -> int:
+    """Return how large a queue's in-flight log is, a multiple of 64."""
+    return int(lib.vd_inflight_bytes(queue_size, packed))
+
+
+def init_inflight(log: mmap.mmap, queue_size: int, *, packed: bool) -> None:
+    """Make an empty in-flight log of a queue that the driver has just reset, or never used.
+
+    Raises:
+        VduseError: it is too small.
+    """
+    buffer = ffi.from_buffer(log)
+    _check(lib.vd_inflight_init(buffer, len(buffer), queue_size, packed), "making an in-flight log")
+
+
+class Engine:
+    """One device's backend, address map and queues.
+
+    Args:
+        backend: where the bytes are.
+        capacity_bytes: what the driver may address.
+        block_size_bytes: the smallest unit that the driver was told.
+        max_queues: queues that may be started.
+        read_only: refuse whatever writes.
+        serial: answer to GET_ID, cut to 20 bytes.
+        event_fd: eventfd that is written when a queue faults or a request fails.
+
+    Raises:
+        NotFound, PermissionDenied: the image cannot be opened.
+        InvalidArgument: the image is neither a file nor a block device.
+        FailedPrecondition: the image is smaller than the capacity.
+        Unavailable: another worker holds the image.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: BackendSpec,
+        capacity_bytes: int,
+        block_size_bytes: int,
+        max_queues: int,
+        read_only: bool,
+        serial: str,
+        event_fd: int,
+    ) -> None:
+        self._max_queues = max_queues
+        match backend:
+            case FileBackend(path):
+                name, place = "file", os.fsencode(path)
+            case NullBackend():
+                name, place = "null", b""
+        strings = [ffi.new("char[]", text) for text in (serial.encode(), name.encode(), place)]
+        config = ffi.new(
+            "struct vd_config *",
+            {
+                "max_queues": max_queues,
+                "block_size_bytes": block_size_bytes,
+                "capacity_bytes": capacity_bytes,
+                "read_only": read_only,
+                "event_fd": event_fd,
+                "serial": strings[0],
+                "backend": strings[1],
+                "path": strings[2],
+            },
+        )
+        engine = ffi.new("struct vd_engine **")
+        result = lib.vd_engine_new(config, engine)
+        if result < 0:
+            raise _open_error(-result, os.fsdecode(place), capacity_bytes)
+        self._engine = engine[0]
+
+    def close(self) -> None:
+        """Let go of backend and memory; all queues must have stopped."""
+        lib.vd_engine_free(self._engine)
+        self._engine = ffi.NULL
+
+    @property
+    def backend_capacity_bytes(self) -> int:
+        """What the backend holds now; 0 if it has no size of its own."""
+        info = ffi.new("struct vd_backend_info *")
+        lib.vd_engine_backend_info(self._engine, info)
+        return int(info.capacity_bytes)
+
+    def set_regions(self, regions: Sequence[Region]) -> None:
+        """Replace the address map; queues must be stopped or paused."""
+        array = ffi.new("struct vd_region[]", len(regions))
+        for item, region in zip(array, regions, strict=True):
+            item.iova = region.iova
+            item.size = region.size_bytes
+            item.offset = region.offset_bytes
+            item.fd = region.fd
+            item.writable = region.writable
+        _check(lib.vd_engine_set_regions(self._engine, array, len(regions)), "mapping the driver's memory")
+
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """Change what the driver may address.
+
+        Raises:
+            FailedPrecondition: the backend is smaller.
+        """
+        if lib.vd_engine_set_capacity(self._engine, capacity_bytes) < 0:
+            raise FailedPrecondition(
+                f"capacity {capacity_bytes} is not whole sectors within the backend's "
+                f"{self.backend_capacity_bytes} bytes",
+                hint="grow the backend first",
+            )
+
+    def set_throttle(self, throttle: Throttle) -> None:
+        """Change the limits; at any time."""
+        limits = {
+            "requests_per_s": throttle.iops,
+            "bytes_per_s": throttle.bytes_per_s,
+            "burst_ms": round(throttle.burst_s * 1000),
+        }
+        lib.vd_engine_set_limits(self._engine, ffi.new("struct vd_limits *", limits))
+
+    def start_queue(self, index: int, address: QueueAddress) -> None:
+        """Start serving a queue on a thread of its own."""
+        config = ffi.new(
+            "struct vd_queue_config *",
+            {
+                "features": address.features,
+                "size": address.size,
+                "desc_iova": address.desc_iova,
+                "driver_iova": address.driver_iova,
+                "device_iova": address.device_iova,
+                "state": address.state,
+                "resume": address.resume,
+                "kick_fd": address.kick_fd,
+                "notify_fd": address.notify_fd,
+                "notify_ioctl": address.notify_ioctl,
+            },
+        )
+        if address.inflight is not None:
+            log = ffi.from_buffer(address.inflight)
+            config.inflight = log
+            config.inflight_bytes = len(log)
+        _check(lib.vd_queue_start(self._engine, index, config), f"starting queue {index}")
+
+    def stop_queue(self, index: int, timeout_s: float) -> bool:
+        """Stop a queue; False if its requests in flight had to be abandoned after timeout_s."""
+        return bool(lib.vd_queue_stop(self._engine, index, int(timeout_s * 1000)) == 0)
+
+    def pause_queue(self, index: int, timeout_s: float) -> bool:
+        """Stop fetching; False if requests are still in flight after timeout_s."""
+        return bool(lib.vd_queue_pause(self._engine, index, int(timeout_s * 1000)) == 0)
+
+    def resume_queue(self, index: int) -> None:
+        """Fetch again, with the address map of now."""
+        lib.vd_queue_resume(self._engine, index)
+
+    def queue_state(self, index: int) -> int:
+        """Return how far a queue is, as in ``QueueAddress``."""
+        state = ffi.new("uint32_t *")
+        lib.vd_queue_state(self._engine, index, state)
+        return int(state[0])
+
+    def faults(self) -> dict[int, str]:
+        """Return the queues that wait for a reset, and why."""
+        return {i: FAULTS[s.fault] for i, s in enumerate(self._stats()) if s.fault}
+
+    def failure(self) -> Failure | None:
+        """Return the newest failed request, if any ever failed."""
+        failure = ffi.new("struct vd_failure *")
+        lib.vd_engine_failure(self._engine, failure)
+        if not failure.count:
+            return None
+        return Failure(
+            int(failure.count),
+            OPERATIONS[failure.operation],
+            int(failure.offset_bytes),
+            errno.errorcode.get(failure.error, str(failure.error)),
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Sum the counters of all queues, in the shape of VolumeStats in agent.proto."""
+        queues = self._stats()
+        operations = []
+        for number, name in enumerate(OPERATIONS):
+            of_queues = [q.operations[number] for q in queues]
+            operations.append(
+                {
+                    "operation": name,
+                    "count": sum(o.count for o in of_queues),
+                    "bytes": sum(o.bytes for o in of_queues),
+                    "errors": sum(o.errors for o in of_queues),
+                    "latency_sum_s": sum(o.latency_ns for o in of_queues) / 1e9,
+                    "latency_max_s": max(o.latency_max_ns for o in of_queues) / 1e9,
+                    "latency": _merged([o.latency for o in of_queues]),
+                }
+            )
+        sums = {name: sum(getattr(q, name) for q in queues) for name in _SUMMED}
+        merged = {name: _merged([getattr(q, name) for q in queues]) for name in ("batch_sizes", "depths")}
+        throttled_s = sum(q.throttled_ns for q in queues) / 1e9
+        return {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+
+    def _stats(self) -> list[Any]:
+        queues = [ffi.new("struct vd_queue_stats *") for _ in range(self._max_queues)]
+        for index, queue in enumerate(queues):
+            lib.vd_queue_stats_read(self._engine, index, queue)
+        return queues
+
+
+# The sum of the queues' maxima of data_max_bytes is at least the maximum of the whole device.
+_SUMMED: Final = ("in_flight", "kicks", "interrupts", "batches", "malformed", "throttled", "data_max_bytes")
+
+
+def _merged(histograms: Sequence[Any]) -> list[int]:
+    """Add histograms up; zeros at the end are left out: most latencies are short."""
+    sums = [sum(buckets) for buckets in zip(*(ffi.unpack(h, len(h)) for h in histograms), strict=True)]
+    while sums and not sums[-1]:
+        sums.pop()
+    return sums
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        raise VduseError(f"{what} failed: {os.strerror(-result)}")
+
+
+def _open_error(number: int, path: str, capacity_bytes: int) -> VduseError:
+    match number:
+        case errno.ENOENT | errno.ENOTDIR:
+            return NotFound(f"image {path} does not exist")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return PermissionDenied(f"image {path} cannot be opened: {os.strerror(number)}")
+        case errno.EISDIR:
+            return InvalidArgument(f"{path} is neither a regular file nor a block device")
+        case errno.ENOSPC:
+            return FailedPrecondition(
+                f"image {path} is smaller than the {capacity_bytes} bytes of the volume",
+                hint="it was cut short; restore it before data beyond its end is needed",
+            )
+        case errno.EAGAIN:
+            return Unavailable(
+                f"image {path} is in use by another worker", hint="an image has one writer at a time"
+            )
+    return VduseError(f"opening the backend {path!r} failed: {os.strerror(number)}")

@@ -1,0 +1,137 @@
+/*
+ * The engine: one device's backend, address map and queues. Everything here is called by the control thread, but
+ * for vd_engine_report and vd_engine_wake_control, which queue threads call when something went wrong.
+ */
+#include "engine.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_null };
+
+int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
+{
+    const struct vd_backend_ops *ops = NULL;
+    struct vd_engine *engine;
+    int error;
+
+    for (size_t i = 0; i < sizeof(backends) / sizeof(backends[0]); i++)
+        if (!strcmp(config->backend, backends[i]->name))
+            ops = backends[i];
+    if (!ops || !config->max_queues || config->max_queues > VD_QUEUES_MAX)
+        return -EINVAL;
+    engine = calloc(1, sizeof(*engine));
+    if (!engine)
+        return -ENOMEM;
+    engine->config = *config;
+    engine->ops = ops;
+    engine->capacity_bytes = config->capacity_bytes;
+    memcpy(engine->serial, config->serial, strnlen(config->serial, VD_SERIAL_BYTES));
+    pthread_mutex_init(&engine->failure_lock, NULL);
+    error = ops->open(config, &engine->backend);
+    if (!error)
+        error = vd_engine_set_regions(engine, NULL, 0);
+    if (error) {
+        vd_engine_free(engine);
+        return error;
+    }
+    *result = engine;
+    return 0;
+}
+
+void vd_engine_free(struct vd_engine *engine)
+{
+    if (load_acquire(&engine->abandoned))
+        return; /* threads still wait for a backend and use all of this; the end of the process frees it */
+    vd_memory_guard(NULL, &engine->memory_faults);
+    if (engine->backend)
+        engine->ops->close(engine->backend);
+    vd_memory_free(engine->memory);
+    pthread_mutex_destroy(&engine->failure_lock);
+    free(engine);
+}
+
+void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info)
+{
+    memset(info, 0, sizeof(*info));
+    engine->ops->info(engine->backend, info);
+}
+
+int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regions, uint32_t count)
+{
+    bool paused = true, abandoned = load_acquire(&engine->abandoned);
+    struct vd_memory *memory, *old = engine->memory;
+    int error = vd_memory_new(regions, count, &memory);
+
+    if (error)
+        return error;
+    for (uint32_t i = 0; i < engine->config.max_queues; i++)
+        paused &= !engine->queues[i] || vd_queue_paused(engine->queues[i]);
+    memory->older = old;
+    engine->memory = memory;
+    vd_memory_guard(memory, &engine->memory_faults);
+    if (paused && !abandoned) {
+        memory->older = NULL;
+        vd_memory_free(old);
+    } else if (paused && old) {
+        vd_memory_isolate(old); /* whoever was reset without waiting must not be written to */
+    } /* else requests in flight hold addresses in it, and are to end as if nothing had happened */
+    return 0;
+}
+
+int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes)
+{
+    struct vd_backend_info info;
+
+    vd_engine_backend_info(engine, &info);
+    if (capacity_bytes % VD_SECTOR_BYTES || (info.capacity_bytes && info.capacity_bytes < capacity_bytes))
+        return -EINVAL;
+    store_relaxed(&engine->capacity_bytes, capacity_bytes);
+    return 0;
+}
+
+void vd_engine_set_limits(struct vd_engine *engine, const struct vd_limits *limits)
+{
+    vd_throttle_set(&engine->throttle, limits);
+    for (uint32_t i = 0; i < engine->config.max_queues; i++)
+        if (engine->queues[i])
+            vd_queue_wake(engine->queues[i]);
+}
+
+void vd_engine_wake_control(struct vd_engine *engine)
+{
+    uint64_t one = 1;
+
+    if (engine->config.event_fd >= 0)
+        (void)!write(engine->config.event_fd, &one, sizeof(one));
+}
+
+void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error)
+{
+    pthread_mutex_lock(&engine->failure_lock);
+    engine->failure = (struct vd_failure){ engine->failure.count + 1, request->offset, request->operation, error };
+    pthread_mutex_unlock(&engine->failure_lock);
+    vd_engine_wake_control(engine);
+}
+
+void vd_engine_failure(struct vd_engine *engine, struct vd_failure *failure)
+{
+    pthread_mutex_lock(&engine->failure_lock);
+    *failure = engine->failure;
+    pthread_mutex_unlock(&engine->failure_lock);
+}
+
+void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_queue_stats *stats)
+{
+    _Static_assert(sizeof(*stats) % sizeof(uint64_t) == 0, "copied by words, so that no counter is torn");
+    memset(stats, 0, sizeof(*stats));
+    if (index >= VD_QUEUES_MAX)
+        return;
+    const uint64_t *from = (const uint64_t *)&engine->stats[index];
+    uint64_t *to = (uint64_t *)stats;
+
+    for (size_t i = 0; i < sizeof(*stats) / sizeof(uint64_t); i++)
+        to[i] = load_relaxed(&from[i]);
+}

@@ -1,0 +1,128 @@
+/* What the engine's files share: engine, queue, request, and the table of functions that is a backend. */
+#ifndef VD_ENGINE_H
+#define VD_ENGINE_H
+
+#include <liburing.h>
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include "common.h"
+#include "engine_api.h"
+#include "memory.h"
+#include "pace.h"
+#include "throttle.h"
+#include "vring.h"
+
+enum { VD_QUEUES_MAX = 64, VD_EXTENTS_MAX = 32 };
+
+struct vd_queue;
+
+/* A range that DISCARD or WRITE_ZEROES names. */
+struct vd_extent {
+    uint64_t offset;
+    uint64_t length;
+    bool unmap;
+};
+
+/* One request, from fetch to completion; all of a queue's are allocated when it starts. */
+struct vd_request {
+    struct vd_request *next_free;
+    uint16_t id;             /* of its chain */
+    enum vd_operation operation;
+    uint8_t *status;         /* in the driver's memory */
+    struct iovec *storage;   /* the chain's pieces; data points into it */
+    struct iovec *data;
+    uint32_t data_count;
+    uint64_t offset;         /* bytes */
+    uint64_t length;
+    uint64_t fetched_ns;
+    uint64_t data_bytes;     /* what it counts for in the queue's data_bytes */
+    struct vd_extent *extents;
+    uint32_t extent_count;
+    /* The backend's own: how far it has come, and by what means. */
+    uint64_t done;
+    uint32_t step;
+    int method;
+};
+
+/*
+ * A backend serves requests on the queue's own thread and io_uring. submit starts a request; it either finishes
+ * it at once (vd_request_finish) or prepares submissions (vd_queue_sqe), whose completions come to complete.
+ */
+struct vd_backend_ops {
+    const char *name;
+    int (*open)(const struct vd_config *config, void **state);
+    void (*close)(void *state);
+    void (*info)(void *state, struct vd_backend_info *info);
+    void (*submit)(struct vd_queue *queue, struct vd_request *request);
+    void (*complete)(struct vd_queue *queue, struct vd_request *request, int result);
+};
+
+extern const struct vd_backend_ops vd_backend_file, vd_backend_null;
+
+struct vd_engine {
+    struct vd_config config;
+    char serial[VD_SERIAL_BYTES];
+    const struct vd_backend_ops *ops;
+    void *backend;
+    uint64_t capacity_bytes;
+    uint64_t memory_faults;
+    uint32_t abandoned; /* queues whose threads still wait for their last completions */
+    struct vd_memory *memory;
+    struct vd_queue *queues[VD_QUEUES_MAX];
+    uint32_t state[VD_QUEUES_MAX]; /* of queues that have stopped */
+    struct vd_queue_stats stats[VD_QUEUES_MAX];
+    pthread_mutex_t failure_lock;
+    struct vd_failure failure;
+    struct vd_throttle throttle;
+};
+
+struct vd_queue {
+    struct vd_engine *engine;
+    struct vd_queue_config config;
+    struct vd_queue_stats *stats;
+    struct vd_vring ring;
+    struct vd_pace pace;
+    struct io_uring uring;
+    struct vd_request *requests; /* as many as the ring has entries, so that there is one for every chain */
+    struct vd_request *free;     /* those not in flight; the last one used comes first: its memory is warm */
+    struct iovec *iovecs;
+    struct vd_extent *extents;
+    uint32_t in_flight;
+    uint64_t data_bytes;         /* of reads and writes in flight */
+    uint32_t ended;              /* pushed since the last publish */
+    uint64_t now_ns;             /* taken once per turn of the loop */
+    struct vd_request *held;     /* in flight, and waits for the throttle; nothing is fetched until it has started */
+    uint64_t held_until_ns;
+    uint32_t held_generation;
+    uint64_t memory_faults;
+    int wake_fd;                 /* eventfd by which the control thread wakes the queue; nobody else has it */
+    bool kick_armed, wake_armed;
+    pthread_t thread;
+    pthread_mutex_t lock;        /* command, state and abandoned; and the loop's turns unless command is RUN */
+    pthread_cond_t changed;
+    int command;
+    int state;
+    bool abandoned, cancelled;
+};
+
+/* Parse and check a chain, which has a place for the status; true if the backend has to serve it, false if it is finished or the queue faulted. */
+bool vd_blk_begin(struct vd_queue *queue, struct vd_request *request, const struct vd_chain *chain);
+
+/* Finish a request: error is 0 or a positive errno; ENOTSUP becomes UNSUPP. */
+void vd_request_finish(struct vd_queue *queue, struct vd_request *request, int error);
+
+/* A free submission; never NULL, since the queue submits when its ring is full. */
+struct io_uring_sqe *vd_queue_sqe(struct vd_queue *queue, struct vd_request *request);
+
+/* End its sleep. */
+void vd_queue_wake(struct vd_queue *queue);
+
+/* Nothing of it is in flight, and nothing will be until it is resumed. */
+bool vd_queue_paused(struct vd_queue *queue);
+
+void vd_queue_fault(struct vd_queue *queue, enum vd_queue_fault fault);
+void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error);
+void vd_engine_wake_control(struct vd_engine *engine);
+
+#endif

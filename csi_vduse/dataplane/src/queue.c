@@ -1,0 +1,393 @@
+/*
+ * One queue, one thread. The thread owns the ring, the requests and an io_uring; nobody else touches them.
+ *
+ * A turn of its loop: fetch every available chain and hand it to the backend; submit and collect completions with
+ * one system call at most; show the driver what has finished, and interrupt it when pace.c says so. When a turn finds
+ * nothing it polls for a moment, if pace.c says so, then asks for a kick and sleeps in the io_uring, where completions,
+ * kicks and commands all arrive: it polls the kick eventfd, and one of our own that the control thread writes to.
+ * It never sleeps on completions whose interrupt it owes the driver. While the throttle holds a request (throttle.c)
+ * nothing is fetched, no kick asked for, and no sleep longer than that.
+ *
+ * Commands come from the control thread: RUN, PAUSE (fetch nothing, finish what is in flight), STOP (the same,
+ * then end). A backend may hang, and a reset has to be answered all the same: a queue that does not drain in time
+ * is abandoned. From then on its thread touches the driver's memory no more; it outlives the engine's interest in it,
+ * cancels what it can, waits for its last completion, and frees itself. While the command is not RUN the part of each
+ * turn that answers the driver holds the queue's lock, so that abandoning falls between turns. The part that enters
+ * the kernel holds no lock: that is where a backend hangs.
+ *
+ * Death of the process at any point leaves each chain either unpublished (it is still the driver's to lose: the
+ * used index has not moved) or published. What tells the two apart for a successor is the in-flight log
+ * (inflight.h), which the ring keeps: from vd_vring_next until the publish that follows vd_vring_push.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "queue.h"
+#include "stats.h"
+
+enum { POLLS_PER_CLOCK = 16 };
+
+/* User data of the polls and of a cancellation; requests are pointers, so larger. */
+static void *const KICK = (void *)1;
+static void *const CANCEL = (void *)2;
+static void *const WAKE = (void *)3;
+
+void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
+{
+    if (q->stats->fault)
+        return;
+    store_relaxed(&q->stats->fault, fault);
+    vd_engine_wake_control(q->engine);
+}
+
+struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, struct vd_request *r)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&q->uring);
+
+    while (!sqe) {
+        io_uring_submit(&q->uring);
+        sqe = io_uring_get_sqe(&q->uring);
+    }
+    io_uring_sqe_set_data(sqe, r);
+    return sqe;
+}
+
+void vd_request_finish(struct vd_queue *q, struct vd_request *r, int error)
+{
+    r->next_free = q->free;
+    q->free = r;
+    q->in_flight--;
+    q->data_bytes -= r->data_bytes;
+    if (load_relaxed(&q->abandoned))
+        return;
+    store_relaxed(&q->stats->in_flight, q->in_flight);
+    if (q->stats->fault)
+        return; /* the driver has to reset the device; its rings may not even be mapped */
+    vd_count_finished(q, r, error);
+    if (error && error != ENOTSUP)
+        vd_engine_report(q->engine, r, error);
+    store_relaxed(r->status, !error ? 0 : error == ENOTSUP ? 2 : 1); /* VIRTIO_BLK_S_OK, _UNSUPP, _IOERR */
+
+    bool filled = !error && (r->operation == VD_READ || r->operation == VD_GET_ID);
+
+    q->ended++;
+    vd_vring_push(&q->ring, r->id, filled ? (uint32_t)r->length + 1 : 1);
+}
+
+/* Pages of the driver's memory went away, and what was read since may be zeros of ours. */
+static bool memory_lost(const struct vd_queue *q)
+{
+    return load_relaxed(&q->engine->memory_faults) != q->memory_faults;
+}
+
+/* The driver broke the protocol. */
+static void break_down(struct vd_queue *q, enum vd_queue_fault fault)
+{
+    if (memory_lost(q))
+        fault = VD_FAULT_MEMORY; /* or did not: it is not to blame for zeros of ours */
+    else
+        count_up(&q->stats->malformed, 1);
+    vd_queue_fault(q, fault);
+}
+
+/* Fetch what is available, and start it as far as the throttle lets it; returns how much there was. */
+static int fetch(struct vd_queue *q)
+{
+    int available = vd_vring_available(&q->ring);
+    uint32_t before = q->in_flight, taken = 0;
+
+    if (available < 0) {
+        break_down(q, VD_FAULT_AVAIL_INDEX);
+        return 0;
+    }
+    for (int i = 0; i < available && !q->stats->fault && !load_relaxed(&q->abandoned); i++) {
+        struct vd_request *r = q->free; /* there is one: no two chains in flight have the same id */
+        struct vd_chain chain = { .iov = r->storage };
+        enum vd_queue_fault fault = vd_vring_next(&q->ring, &chain);
+
+        if (fault) {
+            break_down(q, fault);
+            break;
+        }
+        if (!chain.writable)
+            break;
+        q->free = r->next_free;
+        r->id = chain.id;
+        r->fetched_ns = q->now_ns;
+        r->data_bytes = 0;
+        taken++;
+        store_relaxed(&q->stats->in_flight, ++q->in_flight);
+        if (!vd_blk_begin(q, r, &chain))
+            continue;
+        if (memory_lost(q))
+            vd_queue_fault(q, VD_FAULT_MEMORY); /* a write that lost its header must not go to sector 0 */
+        if (q->stats->fault || load_relaxed(&q->abandoned)) {
+            vd_request_finish(q, r, ECANCELED);
+            break;
+        }
+        vd_count_started(q, r);
+        if (load_relaxed(&q->engine->throttle.enabled) && !vd_throttle_admit(q, r))
+            break;
+        q->engine->ops->submit(q, r);
+    }
+    if (taken)
+        vd_count_batch(q, taken, before + taken);
+    return available;
+}
+
+/* Collect completions without waiting; returns how many. */
+static unsigned collect(struct vd_queue *q)
+{
+    struct io_uring_cqe *cqes[64];
+    unsigned total = 0, n;
+
+    while ((n = io_uring_peek_batch_cqe(&q->uring, cqes, 64))) {
+        for (unsigned i = 0; i < n; i++) {
+            void *data = io_uring_cqe_get_data(cqes[i]);
+
+            if (data == KICK) {
+                q->kick_armed = cqes[i]->flags & IORING_CQE_F_MORE;
+                count_up(&q->stats->kicks, 1);
+            } else if (data == WAKE) {
+                q->wake_armed = cqes[i]->flags & IORING_CQE_F_MORE;
+            } else if (data == CANCEL) {
+                continue;
+            } else if (load_relaxed(&q->abandoned)) {
+                vd_request_finish(q, data, ECANCELED); /* not another step of it */
+            } else {
+                q->engine->ops->complete(q, data, cqes[i]->res);
+            }
+        }
+        io_uring_cq_advance(&q->uring, n);
+        total += n;
+    }
+    return total;
+}
+
+static void interrupt(struct vd_queue *q)
+{
+    q->pace.owed = 0;
+    if (!vd_vring_wants_interrupt(&q->ring))
+        return;
+    count_up(&q->stats->interrupts, 1);
+    if (q->config.notify_ioctl) {
+        uint32_t index = (uint32_t)(q->stats - q->engine->stats);
+
+        (void)!ioctl(q->config.notify_fd, q->config.notify_ioctl, &index);
+    } else {
+        uint64_t one = 1;
+
+        (void)!write(q->config.notify_fd, &one, sizeof(one));
+    }
+}
+
+/* Start the request that the throttle held if its time has come, or now; returns 1 if it did. */
+static unsigned start_held(struct vd_queue *q, bool now)
+{
+    struct vd_request *r = vd_throttle_release(q, now);
+
+    if (!r)
+        return 0;
+    if (q->stats->fault || load_relaxed(&q->abandoned))
+        vd_request_finish(q, r, ECANCELED);
+    else
+        q->engine->ops->submit(q, r);
+    return 1;
+}
+
+/* Show the driver what has ended since the last turn, and interrupt it, now or a little later. */
+static void publish(struct vd_queue *q, enum command command)
+{
+    if (q->stats->fault)
+        return;
+    if (q->ended) {
+        uint32_t outstanding = vd_vring_outstanding(&q->ring);
+
+        vd_vring_publish(&q->ring);
+        vd_pace_shown(&q->pace, q->ended, outstanding ? outstanding : q->in_flight + q->ended, q->now_ns);
+        q->ended = 0;
+    }
+    if (q->pace.owed && (command != RUN || vd_pace_interrupt_due(&q->pace, q->now_ns)))
+        interrupt(q);
+}
+
+/* The kernel has completions for us that it shows when we enter it next. */
+static bool completions_wait(const struct vd_queue *q)
+{
+    return load_relaxed(q->uring.sq.kflags) & IORING_SQ_TASKRUN;
+}
+
+/* First part of a turn: fetch, and let the kernel have it. Returns how much there was. */
+static unsigned advance(struct vd_queue *q, enum command command)
+{
+    unsigned work = 0;
+
+    q->now_ns = now_ns();
+    if (q->held)
+        work = start_held(q, command != RUN || q->stats->fault);
+    /* What a predecessor left is in flight already, whatever the command is. */
+    if ((command == RUN || q->ring.replay_left) && !q->stats->fault && !q->held && !load_relaxed(&q->abandoned))
+        work += (unsigned)fetch(q);
+    if (io_uring_sq_ready(&q->uring) || completions_wait(q))
+        io_uring_submit_and_get_events(&q->uring);
+    return work;
+}
+
+/* Second part: take what has completed, and tell the driver. Returns how much there was. */
+static unsigned settle(struct vd_queue *q, enum command command)
+{
+    unsigned work = 0;
+
+    if (io_uring_cq_ready(&q->uring)) {
+        q->now_ns = now_ns();
+        work = collect(q);
+    }
+    if (load_relaxed(&q->abandoned))
+        return work;
+    if (memory_lost(q))
+        vd_queue_fault(q, VD_FAULT_MEMORY);
+    publish(q, command);
+    return work;
+}
+
+/* Nobody waits for what is in flight any more: what has not begun need not. */
+static void cancel(struct vd_queue *q)
+{
+    struct io_uring_sqe *sqe = vd_queue_sqe(q, CANCEL);
+
+    io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL);
+    io_uring_sqe_set_data(sqe, CANCEL);
+    q->cancelled = true;
+}
+
+static bool has_work(const struct vd_queue *q)
+{
+    return (!q->held && vd_vring_available(&q->ring)) || completions_wait(q) || io_uring_cq_ready(&q->uring);
+}
+
+/* Look for work without sleeping for as long as that is likely to pay; true if there is some, or an interrupt was due. */
+static bool poll_for_work(struct vd_queue *q, enum command command)
+{
+    uint64_t until;
+
+    if (command != RUN || q->stats->fault)
+        return false;
+    q->now_ns = now_ns();
+    until = vd_pace_poll_until(&q->pace, q->now_ns);
+    while (q->now_ns < until) {
+        for (int i = 0; i < POLLS_PER_CLOCK; i++) {
+            if (has_work(q)) {
+                vd_pace_woke(&q->pace, false, q->now_ns);
+                return true;
+            }
+            if (load_acquire(&q->command) != (int)command)
+                return true;
+            cpu_relax();
+        }
+        q->now_ns = now_ns();
+    }
+    if (!q->pace.owed)
+        return false;
+    interrupt(q);
+    return true;
+}
+
+/* Have every signal of an eventfd end the next sleep. Nobody reads it: each signal counts, whatever its value. */
+static void arm(struct vd_queue *q, int fd, void *data, bool *armed)
+{
+    struct io_uring_sqe *sqe = vd_queue_sqe(q, data);
+
+    io_uring_prep_poll_multishot(sqe, fd, POLLIN);
+    io_uring_sqe_set_data(sqe, data);
+    *armed = true;
+}
+
+/* Sleep until a completion, a kick or a command, unless there turns out to be something to do already. */
+static void rest(struct vd_queue *q, enum command command, bool abandoned)
+{
+    bool fetching = command == RUN && !q->stats->fault && !q->held;
+
+    if (abandoned && !q->cancelled)
+        cancel(q);
+    if (!q->wake_armed)
+        arm(q, q->wake_fd, WAKE, &q->wake_armed);
+    if (!q->kick_armed && !abandoned) /* an abandoned queue's kick_fd may be somebody else's by now */
+        arm(q, q->config.kick_fd, KICK, &q->kick_armed);
+    if (fetching && vd_vring_enable_kick(&q->ring))
+        return;
+    if (load_acquire(&q->command) != (int)command)
+        return;
+    if (q->held)
+        vd_throttle_sleep(q);
+    else
+        io_uring_submit_and_wait(&q->uring, 1);
+    vd_pace_woke(&q->pace, true, now_ns());
+    if (fetching && !load_relaxed(&q->abandoned))
+        vd_vring_disable_kick(&q->ring);
+}
+
+static int open_uring(struct vd_queue *q)
+{
+    /* Completions are collected by this thread when it asks, not by interrupting it (Linux 6.1). */
+    struct io_uring_params params = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                                               IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_CLAMP };
+    unsigned entries = q->config.size < 64 ? 64 : q->config.size;
+    int error = io_uring_queue_init_params(entries, &q->uring, &params);
+
+    if (error == -EINVAL) {
+        params = (struct io_uring_params){ .flags = IORING_SETUP_CLAMP };
+        error = io_uring_queue_init_params(entries, &q->uring, &params);
+    }
+    return error;
+}
+
+void *vd_queue_run(void *argument)
+{
+    struct vd_queue *q = argument;
+    bool abandoned = false;
+
+    prctl(PR_SET_NAME, "vduse-queue");
+    /* Memory that the kernel needs for this thread must not be had by writing to a device like ours. */
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+    pthread_mutex_lock(&q->lock);
+    if (open_uring(q)) {
+        vd_queue_set_state(q, FAILED);
+        pthread_mutex_unlock(&q->lock);
+        return NULL;
+    }
+    vd_queue_set_state(q, RUNNING);
+    pthread_mutex_unlock(&q->lock);
+    for (;;) {
+        enum command command = (enum command)load_acquire(&q->command);
+
+        unsigned work = advance(q, command);
+
+        command = (enum command)load_acquire(&q->command); /* that may have taken long */
+        if (command == RUN) {
+            work += settle(q, command);
+        } else {
+            pthread_mutex_lock(&q->lock);
+            work += settle(q, command);
+            abandoned = q->abandoned;
+            bool drained = !q->in_flight && (!q->ring.replay_left || q->stats->fault || abandoned);
+
+            if (drained && q->command == (int)command)
+                vd_queue_set_state(q, command == STOP ? STOPPED : PAUSED);
+            pthread_mutex_unlock(&q->lock);
+            if (drained && command == STOP)
+                break;
+        }
+        if (!work && !poll_for_work(q, command))
+            rest(q, command, abandoned);
+    }
+    io_uring_queue_exit(&q->uring);
+    if (abandoned) {
+        __atomic_fetch_sub(&q->engine->abandoned, 1, __ATOMIC_RELEASE);
+        vd_queue_free(q);
+    }
+    return NULL;
+}

@@ -1,0 +1,116 @@
+/*
+ * Throttle: a generic cell rate algorithm for each resource, shared by an engine's queues without a lock.
+ *
+ * For each resource there is one moment, free_ns: when everything that has been granted will be paid for at the
+ * configured rate. A request adds its cost to it, by compare-and-swap, and in that one step learns when it may
+ * start: burst_ns before the moment that it found. So queues are served in the order in which they asked, none of
+ * them starves whatever it sends, and a request larger than any burst waits its turn and passes like another.
+ * That a sleeper wakes late costs nothing, as long as it is less than the burst: the moment does not move for it.
+ *
+ * A request that has to wait is held by its queue, one at most, with its tokens taken; all others stay in
+ * the driver's ring. Whatever ends the queue's fetching (pause, stop, a fault) ends the wait at once. A change of
+ * limits forgives all debts, and held requests ask again.
+ *
+ * FLUSH passes free; DISCARD and WRITE_ZEROES are one request without bytes. What the engine answers itself (GET_ID,
+ * errors) never comes here.
+ *
+ * Runs on queue threads, but for vd_throttle_set. Numbers of an old and a new limit may be seen mixed for one
+ * request, which then waits a little wrongly.
+ */
+#include "throttle.h"
+
+#include "engine.h"
+
+/* No single debt is longer: sums cannot overflow, and a limit that is lifted later is not forgotten behind it. */
+#define DEBT_MAX_NS (24ull * 3600 * 1000000000)
+
+enum { PRICE_SHIFT = 32 };
+
+static uint64_t price_of(uint64_t per_second)
+{
+    return per_second ? (1000000000ull << PRICE_SHIFT) / per_second : 0;
+}
+
+void vd_throttle_set(struct vd_throttle *t, const struct vd_limits *limits)
+{
+    store_relaxed(&t->price[VD_REQUESTS], price_of(limits->requests_per_s));
+    store_relaxed(&t->price[VD_BYTES], price_of(limits->bytes_per_s));
+    store_relaxed(&t->burst_ns, (uint64_t)limits->burst_ms * 1000000);
+    for (int i = 0; i < VD_RESOURCES; i++)
+        store_relaxed(&t->free_ns[i], 0);
+    store_relaxed(&t->enabled, limits->requests_per_s || limits->bytes_per_s);
+    /* Pairs with the acquire in vd_throttle_release: who sees the new generation sees the new limits. */
+    store_release(&t->generation, t->generation + 1);
+}
+
+/* Pay for units of a resource; returns when the buyer may start. */
+static uint64_t buy(struct vd_throttle *t, enum vd_resource resource, uint64_t units, uint64_t now)
+{
+    uint64_t price = load_relaxed(&t->price[resource]), burst = load_relaxed(&t->burst_ns);
+    uint64_t before = load_relaxed(&t->free_ns[resource]), from, after;
+    unsigned __int128 cost = (unsigned __int128)units * price >> PRICE_SHIFT;
+
+    if (!cost)
+        return now;
+    do {
+        from = before > now ? before : now;
+        after = cost < DEBT_MAX_NS ? from + (uint64_t)cost : from + DEBT_MAX_NS;
+        if (after > now + burst + DEBT_MAX_NS)
+            after = now + burst + DEBT_MAX_NS;
+    } while (!__atomic_compare_exchange_n(&t->free_ns[resource], &before, after, true, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    return from > now + burst ? from - burst : now;
+}
+
+static uint64_t start_of(struct vd_throttle *t, const struct vd_request *r, uint64_t now)
+{
+    bool moves = r->operation == VD_READ || r->operation == VD_WRITE;
+    uint64_t by_requests = buy(t, VD_REQUESTS, 1, now);
+    uint64_t by_bytes = buy(t, VD_BYTES, moves ? r->length : 0, now);
+
+    return by_requests > by_bytes ? by_requests : by_bytes;
+}
+
+bool vd_throttle_admit(struct vd_queue *q, struct vd_request *r)
+{
+    struct vd_throttle *t = &q->engine->throttle;
+    uint32_t generation = load_acquire(&t->generation);
+
+    if (r->operation == VD_FLUSH)
+        return true;
+    q->held_until_ns = start_of(t, r, q->now_ns);
+    if (q->held_until_ns <= q->now_ns)
+        return true;
+    q->held = r;
+    q->held_generation = generation;
+    count_up(&q->stats->throttled, 1);
+    return false;
+}
+
+struct vd_request *vd_throttle_release(struct vd_queue *q, bool now)
+{
+    struct vd_throttle *t = &q->engine->throttle;
+    struct vd_request *r = q->held;
+    uint32_t generation = load_acquire(&t->generation); /* pairs with the release in vd_throttle_set */
+
+    if (generation != q->held_generation) {
+        q->held_generation = generation;
+        q->held_until_ns = start_of(t, r, q->now_ns);
+    }
+    if (!now && q->held_until_ns > q->now_ns)
+        return NULL;
+    count_up(&q->stats->throttled_ns, q->now_ns - r->fetched_ns);
+    r->fetched_ns = q->now_ns; /* its latency is what comes after: that others wait in the ring is not counted either */
+    q->held = NULL;
+    return r;
+}
+
+void vd_throttle_sleep(struct vd_queue *q)
+{
+    uint64_t now = now_ns(), left = q->held_until_ns > now ? q->held_until_ns - now : 1;
+    struct __kernel_timespec timeout = { (int64_t)(left / 1000000000), (long long)(left % 1000000000) };
+    struct io_uring_cqe *cqe;
+
+    /* The time that the kernel waits at most is an argument of the wait: there is no timer that could be left over. */
+    (void)io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL);
+}

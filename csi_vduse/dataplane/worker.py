@@ -1,0 +1,253 @@
+"""The worker process: life cycle and control loop of one volume's data plane.
+
+One thread, one selector: the device's control messages, requests of the agent, alarms of the engine. Queue
+threads do the I/O; nothing here is on their path. A worker ends when it is told to stop, never because the
+agent went away: the agent finds it again at the path it listens on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from csi_vduse import log
+from csi_vduse.dataplane import backend_spec, channel, throttle
+from csi_vduse.dataplane.device import Device, DeviceSpec
+from csi_vduse.dataplane.engine import Engine
+from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
+from csi_vduse.dataplane.served import ServedDevice
+from csi_vduse.errors import FailedPrecondition, InvalidArgument, VduseError
+
+_ALARM_PAUSE_S = 1.0  # failed requests are logged at most this often
+_OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
+
+
+def run_worker(control: socket.socket, listen_path: str) -> int:
+    """Serve one volume until told to stop; return the exit code.
+
+    Args:
+        control: connected SOCK_SEQPACKET socket of whoever started us; owned by the worker.
+        listen_path: where further control connections are accepted; a stale socket there is replaced.
+    """
+    # The end of a container must not cut requests short before it has to.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        _OOM_SCORE_ADJ.write_text("-1000")
+    return Worker(control, listen_path).run()
+
+
+class Worker:
+    """The control loop and what it owns."""
+
+    def __init__(self, control: socket.socket, listen_path: str) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._log = log.get()
+        self._served: ServedDevice | None = None
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._alarm_muted_until = 0.0
+        self._failures_logged = 0
+        self._resume_at: float | None = None
+        self._running = True
+        self._listener = _listen(listen_path)
+        self._watch(self._listener, self._accept)
+        self._watch(control, lambda: self._serve_control(control))
+        self._watch(self._event_fd, self._alarm)
+
+    def run(self) -> int:
+        """Loop until stopped."""
+        while self._running:
+            for key, _ in self._selector.select(self._next_deadline_s()):
+                callback: Callable[[], None] = key.data
+                callback()
+            self._do_what_is_due()
+        return 0
+
+    def _watch(self, fileobj: Any, callback: Callable[[], None]) -> None:  # noqa: ANN401 (int or anything with fileno)
+        self._selector.register(fileobj, selectors.EVENT_READ, callback)
+
+    # Control requests
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        self._watch(connection, lambda: self._serve_control(connection))
+
+    def _serve_control(self, sock: socket.socket) -> None:
+        try:
+            message, fds = channel.receive(sock)
+        except InvalidArgument as error:
+            message, fds, answer = {}, [], channel.error_answer(error)
+        except VduseError:
+            self._selector.unregister(sock)  # the agent went away; that is no reason to do anything
+            sock.close()
+            return
+        else:
+            try:
+                answer = {"ok": True, **self._perform(message, fds)}
+            except (VduseError, KeyError, ValueError, TypeError) as error:
+                answer = channel.error_answer(error)
+        for fd in fds:
+            os.close(fd)
+        with contextlib.suppress(VduseError):
+            channel.send(sock, answer)
+
+    def _perform(self, message: channel.Message, fds: list[int]) -> dict[str, Any]:
+        match message.get("op"):
+            case "ping":
+                return {"pid": os.getpid(), "started": self._served is not None}
+            case "start":
+                self._start(message, fds)
+            case "resize":
+                self._device.resize(int(message["capacity_bytes"]))
+            case "throttle":
+                self._device.engine.set_throttle(throttle.from_json(message["throttle"]))
+            case "quiesce":
+                self._device.quiesce()
+                self._resume_at = time.monotonic() + float(message["hold_s"])
+            case "resume":
+                self._resume()
+            case "stats":
+                return self._device.describe()
+            case "stop":
+                self._stop()
+            case other:
+                raise InvalidArgument(
+                    f"unknown request {other!r}", hint="agent and worker are of different versions"
+                )
+        return {}
+
+    @property
+    def _device(self) -> ServedDevice:
+        if self._served is None:
+            raise FailedPrecondition("this worker has not been started", hint="send it a start request first")
+        return self._served
+
+    def _start(self, message: channel.Message, fds: list[int]) -> None:
+        if self._served is not None:
+            raise FailedPrecondition("this worker serves a device already")
+        if len(fds) != 2:
+            raise InvalidArgument(
+                f"start came with {len(fds)} descriptors", hint="send the VDUSE device and the in-flight log"
+            )
+        spec = DeviceSpec(
+            name=message["name"],
+            capacity_bytes=message["capacity_bytes"],
+            block_size_bytes=message["block_size_bytes"],
+            queues=message["queues"],
+            queue_size=message["queue_size"],
+            read_only=message["read_only"],
+            packed=message["packed"],
+        )
+        structlog.contextvars.bind_contextvars(volume_id=message["serial"])
+        engine = Engine(
+            backend=backend_spec.from_json(message["backend"]),
+            capacity_bytes=spec.capacity_bytes,
+            block_size_bytes=spec.block_size_bytes,
+            max_queues=spec.queues,
+            read_only=spec.read_only,
+            serial=message["serial"],
+            event_fd=self._event_fd,
+        )
+        device_fd, log_fd = fds
+        with contextlib.ExitStack() as undo:
+            undo.callback(engine.close)
+            engine.set_throttle(throttle.from_json(message.get("throttle")))
+            inflight = InflightLog(log_fd, LogIdentity(**message["inflight"]))
+            served = ServedDevice(
+                Device(device_fd, spec.name), engine, spec, inflight, resume=bool(message.get("resume"))
+            )
+            undo.pop_all()
+        fds.remove(device_fd)  # it belongs to served now
+        self._served = served
+        self._watch(served.device.fd, self._handle_message)
+        self._watch_waiting_queues(set())
+
+    def _stop(self) -> None:
+        if self._served is not None:
+            self._served.close()
+        self._running = False
+
+    # The device and the engine
+
+    def _handle_message(self) -> None:
+        served = self._device
+        before = set(served.waiting_kick_fds)
+        served.handle_message()
+        self._watch_waiting_queues(before)
+        if served.broken:
+            self._selector.unregister(served.device.fd)
+
+    def _watch_waiting_queues(self, before: set[int]) -> None:
+        after = self._device.waiting_kick_fds
+        for fd in before - after.keys():
+            self._selector.unregister(fd)
+        for fd in after.keys() - before:
+            self._watch(fd, functools.partial(self._kicked_early, fd, after[fd]))
+
+    def _kicked_early(self, fd: int, index: int) -> None:
+        os.eventfd_read(fd)
+        self._device.start_ready_queue(index)
+        if fd not in self._device.waiting_kick_fds:
+            self._selector.unregister(fd)
+
+    def _alarm(self) -> None:
+        os.eventfd_read(self._event_fd)
+        self._selector.unregister(self._event_fd)
+        self._alarm_muted_until = time.monotonic() + _ALARM_PAUSE_S
+        engine = self._device.engine
+        failure = engine.failure()
+        if failure and failure.count > self._failures_logged:
+            self._log.error(
+                "requests failed",
+                requests=failure.count - self._failures_logged,
+                operation=failure.operation,
+                offset_bytes=failure.offset_bytes,
+                error=failure.error,
+            )
+            self._failures_logged = failure.count
+        for queue, fault in engine.faults().items():
+            self._log.error(
+                "queue stopped: the driver broke the ring's rules",
+                queue=queue,
+                fault=fault,
+                hint="it needs a reset",
+            )
+
+    # Time
+
+    def _next_deadline_s(self) -> float | None:
+        deadlines = [t for t in (self._alarm_muted_until or None, self._resume_at) if t is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _do_what_is_due(self) -> None:
+        now = time.monotonic()
+        if self._alarm_muted_until and now >= self._alarm_muted_until:
+            self._alarm_muted_until = 0.0
+            self._watch(self._event_fd, self._alarm)
+        if self._resume_at is not None and now >= self._resume_at:
+            self._log.warning("nobody resumed the volume in time; it resumes by itself")
+            self._resume()
+
+    def _resume(self) -> None:
+        self._resume_at = None
+        self._device.resume()
+
+
+def _listen(path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    listener.bind(path)
+    Path(path).chmod(0o600)
+    listener.listen(4)
+    return listener

@@ -1,0 +1,54 @@
+"""What the node code asks of a file system. One file per file system implements it; they share no code.
+
+Every command has a deadline, and none is given a flag that overrides the tool's own refusal: mkfs runs only
+on a device that was proved blank, so it has nothing to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+MKFS_TIMEOUT_S = 600.0
+CHECK_TIMEOUT_S = 1800.0
+GROW_TIMEOUT_S = 600.0
+QUERY_TIMEOUT_S = 60.0
+
+
+class Filesystem(Protocol):
+    """A file system that volumes can carry."""
+
+    @property
+    def name(self) -> str:
+        """What mount(8) and blkid(8) call it."""
+
+    @property
+    def min_size_bytes(self) -> int:
+        """The smallest device its mkfs accepts."""
+
+    @property
+    def default_options(self) -> tuple[str, ...]:
+        """Mount options that every mount gets."""
+
+    @property
+    def skip_replay_option(self) -> str:
+        """Mount option for a device that cannot be written, whose log can therefore not be replayed."""
+
+    async def make(self, device: str) -> None:
+        """Make an empty file system, without discarding first: a fresh volume is thin already.
+
+        Raises:
+            CommandFailed, DeadlineExceeded: from mkfs.
+        """
+
+    async def check(self, device: str) -> None:
+        """Mend what can be mended without a decision of a person, before mounting.
+
+        Raises:
+            DataLoss: errors are left that a person must look at.
+        """
+
+    async def size_bytes(self, device: str, mount_point: str) -> int:
+        """Return how much of the device the mounted file system takes."""
+
+    async def grow(self, device: str, mount_point: str) -> None:
+        """Make the mounted file system as large as its device."""

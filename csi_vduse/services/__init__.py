@@ -1,0 +1,1 @@
+"""The CSI gRPC services: one file each, and what they share."""

@@ -1,0 +1,87 @@
+"""Cutting a copy of a volume that may be in use, at one point in time.
+
+An attached volume is held still by its worker while it is copied: requests wait, none fails. With shared
+blocks that takes milliseconds; a full copy takes as long as the allocated bytes need. The hold ends by itself
+if we die, and a copy that outlives its hold is thrown away by the backend, so no copy is ever a mixture of
+two times. The caller holds the volume's lock: nobody attaches it meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from csi_vduse import log
+from csi_vduse.backends.base import Backend
+from csi_vduse.errors import VduseError
+from csi_vduse.services.agent_port import Agent
+from csi_vduse.volumes.model import Snapshot, Volume
+
+# How long copies may take: a fixed part and one for the bytes, at the speed of a slow disk.
+_FIXED_S = 30.0
+_BYTES_PER_S = 32 << 20
+# The worker's hold outlasts our deadline by this, for the way of the message.
+_HOLD_MARGIN_S = 5.0
+# The agent allows no hold beyond 300 s (MAX_HOLD_S there): applications would take it for a hang.
+_MAX_HOLD_S = 300.0 - _HOLD_MARGIN_S
+# Nobody waits for the copy of a detached volume, but a hanging disk must not keep it for ever.
+_IDLE_FACTOR = 8
+_SLOTS = 4
+
+Copy = Callable[[float], Awaitable[None]]
+
+
+class Copies:
+    """Makes copies of volumes and snapshots, a bounded number at once.
+
+    Args:
+        agent: knows what is attached, and holds it still.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._slots = asyncio.Semaphore(_SLOTS)
+
+    async def of_volume(self, backend: Backend, volume: Volume, copy: Copy) -> int:
+        """Copy a volume as it is at one moment; return that moment in nanoseconds since 1970.
+
+        Args:
+            backend: the volume's pool.
+            volume: what is copied.
+            copy: does it, before the time.monotonic() that it is given.
+
+        Raises:
+            DeadlineExceeded: an attached volume cannot be held long enough.
+            Unavailable: the agent does not answer, so we do not know whether the volume is in use.
+        """
+        async with self._slots:
+            need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
+            attached = any(one.volume_id == volume.id for one in await self._agent.list())
+            if not attached:
+                cut_ns = time.time_ns()
+                await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+                return cut_ns
+            hold_s = min(need_s, _MAX_HOLD_S)
+            until_s = time.monotonic() + hold_s
+            await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
+            try:
+                cut_ns = time.time_ns()
+                await copy(until_s)
+            finally:
+                await self._resume(volume.id)
+            return cut_ns
+
+    async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
+        """Copy a snapshot, which nobody writes; arguments as `of_volume`."""
+        async with self._slots:
+            need_s = _FIXED_S + await backend.allocated_bytes(snapshot) / _BYTES_PER_S
+            await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+
+    async def _resume(self, volume_id: str) -> None:
+        try:
+            await self._agent.resume(volume_id)
+        except VduseError as error:
+            log.get().warning(
+                "the volume goes on by itself when its hold ends", volume_id=volume_id, error=str(error)
+            )

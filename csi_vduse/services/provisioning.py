@@ -1,0 +1,333 @@
+"""What happens when a volume is created, expanded or deleted: look, decide, record, act, record.
+
+Invariants, at every point where we may die:
+- the record is there before the image and goes after it, so nothing exists without a record;
+- a `creating` volume has never been answered to anybody: the next create discards it and starts over;
+- a `deleting` volume is finished by the next call for it, or by `reconcile` at the next start.
+The caller holds the locks of the volume and of its source (locks.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from csi_vduse import log
+from csi_vduse.backends.base import Backend
+from csi_vduse.backends.pools import Pools
+from csi_vduse.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    ResourceExhausted,
+    Unavailable,
+    VduseError,
+)
+from csi_vduse.services.agent_port import Agent
+from csi_vduse.services.copies import Copies
+from csi_vduse.services.reserving import Reservations
+from csi_vduse.services.validation import CreateVolume, ExpandVolume
+from csi_vduse.volumes import sizes
+from csi_vduse.volumes.ids import volume_id as volume_id_of
+from csi_vduse.volumes.model import Snapshot, SourceKind, State, Volume
+from csi_vduse.volumes.parameters import parse_mutable
+from csi_vduse.volumes.policy import Use, objection
+from csi_vduse.volumes.registry import Registry
+from csi_vduse.volumes.topology import Segments, satisfies
+
+
+class Provisioner:
+    """Creates, expands and deletes volumes.
+
+    Args:
+        registry: the records.
+        pools: where images live.
+        agent: tells what is in use.
+        copies: fills volumes from others.
+        reservations: guards the pools' room.
+        segments: the place that volumes of these pools can be used from.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        pools: Pools,
+        agent: Agent,
+        copies: Copies,
+        reservations: Reservations,
+        segments: Segments,
+    ) -> None:
+        self._registry = registry
+        self._pools = pools
+        self._agent = agent
+        self._copies = copies
+        self._reservations = reservations
+        self._segments = segments
+
+    async def ready_volume(self, volume_id: str) -> Volume:
+        """Return a volume that was answered to a caller and is not going away.
+
+        Raises:
+            NotFound: there is none.
+        """
+        volume = await self._registry.get_volume(volume_id)
+        if volume is None or volume.state is not State.READY:
+            raise NotFound(f"volume {volume_id!r} does not exist")
+        return volume
+
+    async def create(self, request: CreateVolume) -> Volume:
+        """Make a volume, or return the one that an equal request made.
+
+        Raises:
+            AlreadyExists: the name is taken by a volume that does not fit the request.
+            NotFound: the source does not exist.
+            InvalidArgument, OutOfRange: the request can never work.
+            ResourceExhausted: no room, or the place that is asked for is not ours.
+        """
+        volume_id = volume_id_of(request.name)
+        existing = await self._registry.get_volume(volume_id)
+        if existing is not None and existing.name != request.name:
+            raise AlreadyExists(
+                f"name {request.name!r} has the id of {existing.name!r}", hint="choose another name"
+            )
+        if existing is not None and existing.state is State.READY:
+            self._require_same(existing, request)
+            return existing
+        if existing is not None:
+            await self._discard(existing)
+        volume, source = await self._plan(volume_id, request)
+        backend = self._pools.named(volume.pool)
+        if await backend.has_volume(volume_id):
+            raise FailedPrecondition(
+                f"pool {volume.pool!r} holds an image of {volume_id} that no record knows of",
+                hint="the state directory was lost or replaced; restore it, or move the image away",
+            )
+        await self._reservations.reserve(
+            backend, volume.capacity_bytes, lambda: self._registry.put_volume(volume)
+        )
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._discard_quietly, volume)
+            await self._fill(backend, volume, source)
+            ready = replace(volume, state=State.READY)
+            await self._registry.put_volume(ready)
+            undo.pop_all()
+        return ready
+
+    async def delete(self, volume_id: str) -> None:
+        """Remove a volume; fine if there is none. Snapshots and clones of it are independent and stay.
+
+        Raises:
+            FailedPrecondition: it is attached.
+            Unavailable: the agent does not answer, so we do not know.
+        """
+        volume = await self._registry.get_volume(volume_id)
+        if volume is None:
+            return
+        for attachment in await self._agent.list():
+            if attachment.volume_id == volume_id:
+                raise FailedPrecondition(
+                    f"volume {volume_id!r} is in use: device {attachment.device_name} is attached",
+                    hint="unpublish and unstage it first",
+                )
+        await self._discard(volume)
+
+    async def expand(self, request: ExpandVolume) -> Volume:
+        """Grow a volume's image and record; the node tells the driver afterwards. Fine if large enough.
+
+        Raises:
+            NotFound: there is no such volume.
+            OutOfRange: it is larger than the limit, and volumes do not shrink.
+            ResourceExhausted: no room.
+            DataLoss: the image is missing or truncated.
+        """
+        volume = await self.ready_volume(request.volume_id)
+        if request.use is not None:
+            self._require_possible((request.use,), volume)
+        if volume.capacity_bytes >= request.wanted.required_bytes:
+            if not request.wanted.allows(volume.capacity_bytes):
+                raise OutOfRange(
+                    f"volume {volume.id} has {volume.capacity_bytes} bytes, the limit is "
+                    f"{request.wanted.limit_bytes}; volumes do not shrink"
+                )
+            return volume
+        capacity_bytes = sizes.choose(
+            request.wanted, smallest_bytes=volume.capacity_bytes, default_bytes=volume.capacity_bytes
+        )
+        backend = self._pools.holding(volume.pool)
+        await self._reservations.reserve(
+            backend,
+            capacity_bytes - volume.reserved_bytes,
+            lambda: self._set_size(volume.id, volume.capacity_bytes, capacity_bytes),
+        )
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._set_size, volume.id, volume.capacity_bytes, 0)
+            await backend.expand(volume, capacity_bytes)
+            grown = await self._set_size(volume.id, capacity_bytes, 0)
+            undo.pop_all()
+        return grown
+
+    async def modify(self, volume_id: str, parameters: Mapping[str, str]) -> None:
+        """Change a volume's mutable parameters; those that are not named stay.
+
+        Raises:
+            NotFound: there is no such volume.
+            InvalidArgument: an unknown parameter or a bad value.
+            Unavailable: recorded, but the agent does not answer; the next attach has it, and so has a retry.
+        """
+        volume = await self.ready_volume(volume_id)
+        throttle = parse_mutable(parameters, volume.throttle)
+        await self._registry.update_volume(volume_id, lambda found: replace(found, throttle=throttle))
+        if volume_id in {attachment.volume_id for attachment in await self._agent.list()}:
+            with contextlib.suppress(NotFound):  # detached meanwhile
+                await self._agent.throttle(volume_id, throttle)
+
+    def mismatch(self, volume: Volume, uses: tuple[Use, ...]) -> str:
+        """Say why a volume cannot be used so, or nothing if it can."""
+        reasons = (objection(use, backend=volume.backend, bus=volume.parameters.bus) for use in uses)
+        return next((reason for reason in reasons if reason), "")
+
+    def _require_possible(self, uses: tuple[Use, ...], volume: Volume) -> None:
+        reason = self.mismatch(volume, uses)
+        if reason:
+            raise InvalidArgument(reason)
+
+    async def _plan(self, volume_id: str, request: CreateVolume) -> tuple[Volume, Volume | Snapshot | None]:
+        """Decide what the new volume is to be."""
+        if not satisfies(request.requirement, self._segments):
+            raise ResourceExhausted(
+                f"a volume here can be used at {dict(self._segments)} only, which the request excludes",
+                hint="file pools belong to one node; use volumeBindingMode: WaitForFirstConsumer",
+            )
+        source = await self._source(request)
+        pool = request.asked.pool or (source.pool if source else None) or self._pools.default_name()
+        if pool is None:
+            raise InvalidArgument(f"parameter pool is missing; allowed: {', '.join(self._pools.names)}")
+        backend = self._pools.named(pool)
+        if source is not None and source.pool != pool:
+            raise InvalidArgument(
+                f"parameter pool: the source {source.id} is in pool {source.pool!r}, not {pool!r}",
+                hint="a clone or restored snapshot stays in the pool of its source",
+            )
+        source_bytes = _size_bytes(source)
+        volume = Volume(
+            id=volume_id,
+            name=request.name,
+            pool=pool,
+            backend=backend.kind,
+            capacity_bytes=sizes.choose(
+                request.wanted,
+                smallest_bytes=max(sizes.floor_bytes(use.filesystem for use in request.uses), source_bytes),
+                default_bytes=source_bytes or sizes.DEFAULT_BYTES,
+            ),
+            parameters=request.asked.resolve(_block_size_bytes(source)),
+            source=request.source,
+            filesystem=source.filesystem if source else None,
+            state=State.CREATING,
+            created_at_ns=time.time_ns(),
+            throttle=request.asked.throttle,
+        )
+        self._require_possible(request.uses, volume)
+        return volume, source
+
+    async def _source(self, request: CreateVolume) -> Volume | Snapshot | None:
+        if request.source is None:
+            return None
+        if request.source.kind is SourceKind.VOLUME:
+            return await self.ready_volume(request.source.id)
+        snapshot = await self._registry.get_snapshot(request.source.id)
+        if snapshot is None or snapshot.state is State.DELETING:
+            raise NotFound(f"snapshot {request.source.id!r} does not exist")
+        if snapshot.state is State.CREATING:
+            raise Unavailable(f"snapshot {snapshot.id!r} is not ready to use", hint="retry when it is")
+        return snapshot
+
+    async def _fill(self, backend: Backend, volume: Volume, source: Volume | Snapshot | None) -> None:
+        match source:
+            case None:
+                await backend.create(volume)
+            case Volume():
+                await self._copies.of_volume(
+                    backend, source, lambda until_s: backend.clone(source, volume, until_s=until_s)
+                )
+            case Snapshot():
+                await self._copies.of_snapshot(
+                    backend, source, lambda until_s: backend.restore(source, volume, until_s=until_s)
+                )
+
+    def _require_same(self, existing: Volume, request: CreateVolume) -> None:
+        """Refuse a request whose name is taken by another kind of volume."""
+        differences = [
+            request.asked.difference(existing.pool, existing.parameters, inherits=existing.source is not None)
+        ]
+        if request.asked.pool is None and existing.source is None:
+            default = self._pools.default_name()
+            differences.append(f"pool {existing.pool!r}, not {default!r}" if existing.pool != default else "")
+        if not request.wanted.allows(existing.capacity_bytes):
+            differences.append(
+                f"capacity {existing.capacity_bytes}, not {request.wanted.required_bytes} to "
+                f"{request.wanted.limit_bytes or 'any'}"
+            )
+        if existing.source != request.source:
+            differences.append("another source")
+        if not satisfies(request.requirement, self._segments):
+            differences.append("another topology")
+        differences.append(self.mismatch(existing, request.uses))
+        text = "; ".join(difference for difference in differences if difference)
+        if text:
+            raise AlreadyExists(
+                f"volume {request.name!r} exists and differs: {text}",
+                hint="use another name, or delete it first",
+            )
+
+    async def _set_size(self, volume_id: str, capacity_bytes: int, expanding_to_bytes: int) -> Volume:
+        return await self._registry.update_volume(
+            volume_id,
+            lambda volume: replace(
+                volume, capacity_bytes=capacity_bytes, expanding_to_bytes=expanding_to_bytes
+            ),
+        )
+
+    async def _discard(self, volume: Volume) -> None:
+        """Remove image and record, in the order that leaves no image without a record."""
+        backend = self._pools.holding(volume.pool)
+        if volume.state is not State.DELETING:
+            await self._registry.put_volume(replace(volume, state=State.DELETING))
+        await backend.delete_volume(volume.id)
+        await self._registry.delete_volume(volume.id)
+
+    async def _discard_quietly(self, volume: Volume) -> None:
+        """Undo a failed create; if that fails too, the record stays and the next call goes on."""
+        try:
+            await self._discard(volume)
+        except VduseError as error:
+            log.get().warning(
+                "an unfinished volume is left for the next try", volume_id=volume.id, error=str(error)
+            )
+
+    async def finish_delete(self, volume: Volume) -> None:
+        """Go on with a delete that a restart interrupted."""
+        await self._discard(volume)
+
+
+def _size_bytes(source: Volume | Snapshot | None) -> int:
+    match source:
+        case Volume():
+            return source.capacity_bytes
+        case Snapshot():
+            return source.size_bytes
+    return 0
+
+
+def _block_size_bytes(source: Volume | Snapshot | None) -> int | None:
+    match source:
+        case Volume():
+            return source.parameters.block_size_bytes
+        case Snapshot():
+            return source.block_size_bytes
+    return None

@@ -1,0 +1,210 @@
+"""What the kernel says about VDUSE devices and the vDPA bus, read from sysfs, and who uses a disk.
+
+Everything here is a short read (or an open that cannot wait) and never takes the vDPA bus lock, so it answers
+while a netlink call hangs. Paths: /sys/class/vduse/NAME, /sys/bus/vdpa/devices/NAME (a symbolic link),
+Documentation/ABI/testing/sysfs-bus-vdpa. The roots can be replaced, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from csi_vduse.errors import FailedPrecondition
+from csi_vduse.vdpa.model import Bus, BusDevice
+
+_MOUNTINFO_DEVICE_FIELD = 2  # "major:minor", proc_pid_mountinfo(5)
+_MOUNTINFO_POINT_FIELD = 4
+_SECTOR_BYTES = 512  # of sysfs "size", whatever the block size
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where the kernel's file systems are mounted."""
+
+    sys: Path = Path("/sys")
+    dev: Path = Path("/dev")
+    proc: Path = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Sysfs:
+    """Read-only view of the kernel's VDUSE and vDPA state."""
+
+    roots: Roots = Roots()
+
+    @property
+    def bus_dir(self) -> Path:
+        """The vDPA bus."""
+        return self.roots.sys / "bus/vdpa"
+
+    def device_dir(self, name: str) -> Path:
+        """The vDPA device of a VDUSE device; exists from DEV_NEW to DEV_DEL."""
+        return self.bus_dir / "devices" / name
+
+    def vduse_names(self) -> list[str]:
+        """Names of all VDUSE devices of the machine, ours or not, sorted."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(
+                entry.name for entry in (self.roots.sys / "class/vduse").iterdir() if entry.name != "control"
+            )
+        return []
+
+    def vdpa_names(self) -> list[str]:
+        """Names of all devices on the vDPA bus, sorted."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(entry.name for entry in (self.bus_dir / "devices").iterdir())
+        return []
+
+    def vduse_exists(self, name: str) -> bool:
+        """Whether a VDUSE device has this name."""
+        return self.vduse_dir(name).exists()
+
+    def vduse_dir(self, name: str) -> Path:
+        """Where the kernel shows a VDUSE device."""
+        return self.roots.sys / "class/vduse" / name
+
+    def vdpa_exists(self, name: str) -> bool:
+        """Whether the device is on the vDPA bus."""
+        return self.device_dir(name).exists()
+
+    def driver(self, name: str) -> str | None:
+        """Name of the bus driver that the device is bound to, or None."""
+        try:
+            return (self.device_dir(name) / "driver").readlink().name
+        except OSError:
+            return None
+
+    def has_driver(self, bus: Bus) -> bool:
+        """Whether the bus driver is loaded."""
+        return (self.bus_dir / "drivers" / bus.value).exists()
+
+    def find_disk(self, name: str) -> BusDevice | None:
+        """The disk that virtio_vdpa made of the device, or None while there is none."""
+        for block in sorted(self.device_dir(name).glob("virtio*/block/*")):
+            device = self._numbers(block, block.name)
+            if device:
+                return device
+        return None
+
+    def find_vhost(self, name: str) -> BusDevice | None:
+        """The character device that vhost_vdpa made of the device, or None while there is none."""
+        for entry in sorted(self.device_dir(name).glob("vhost-vdpa-*")):
+            device = self._numbers(entry, entry.name)
+            if device:
+                return device
+        return None
+
+    def find(self, name: str, bus: Bus) -> BusDevice | None:
+        """What the bus driver made of the device."""
+        return self.find_disk(name) if bus is Bus.VIRTIO else self.find_vhost(name)
+
+    def requests_in_flight(self, name: str) -> int | None:
+        """Requests that the block layer waits for, or None if the device is no disk (block/stat.rst)."""
+        for block in self.device_dir(name).glob("virtio*/block/*"):
+            with contextlib.suppress(OSError, ValueError):
+                return sum(int(part) for part in (block / "inflight").read_text().split())
+        return None
+
+    def disk_capacity_bytes(self, name: str) -> int | None:
+        """What the block layer takes for the disk's size, or None if the device is no disk."""
+        for block in self.device_dir(name).glob("virtio*/block/*"):
+            with contextlib.suppress(OSError, ValueError):
+                return int((block / "size").read_text()) * _SECTOR_BYTES
+        return None
+
+    def holders(self, name: str) -> list[str]:
+        """Devices stacked on the disk or its partitions (device mapper, md, loop over it is not one)."""
+        found: list[str] = []
+        for block in self.device_dir(name).glob("virtio*/block/*"):
+            for holders in (block / "holders", *block.glob(f"{block.name}*/holders")):
+                with contextlib.suppress(OSError):
+                    found += [entry.name for entry in holders.iterdir()]
+        return sorted(found)
+
+    def _disk_numbers(self, name: str) -> set[str]:
+        """MAJOR:MINOR of the disk and of its partitions."""
+        numbers: set[str] = set()
+        for block in self.device_dir(name).glob("virtio*/block/*"):
+            for file in (block / "dev", *block.glob(f"{block.name}*/dev")):
+                with contextlib.suppress(OSError):
+                    numbers.add(file.read_text().strip())
+        return numbers
+
+    def mount_points(self, name: str) -> list[str]:
+        """Where a file system of the disk is mounted, in our mount namespace and the host's (pid 1)."""
+        numbers = self._disk_numbers(name)
+        points: set[str] = set()
+        for process in ("self", "1"):
+            with contextlib.suppress(OSError):
+                for line in (self.roots.proc / process / "mountinfo").read_text().splitlines():
+                    fields = line.split(" ")
+                    if fields[_MOUNTINFO_DEVICE_FIELD] in numbers:
+                        points.add(fields[_MOUNTINFO_POINT_FIELD])
+        return sorted(points)
+
+    def openers(self, device: BusDevice) -> list[str]:
+        """Processes that hold the device open, as "PID (NAME)"; only those that we are allowed to see."""
+        number = os.makedev(device.major, device.minor)
+        is_disk = not device.path.name.startswith("vhost-vdpa-")
+        found = []
+        for process in self.roots.proc.iterdir():
+            if (
+                process.name.isdigit()
+                and process.name != str(os.getpid())
+                and _holds(process, number, is_disk=is_disk)
+            ):
+                with contextlib.suppress(OSError):
+                    found.append(f"{process.name} ({(process / 'comm').read_text().strip()})")
+        return found
+
+    def claim_disk(self, device: BusDevice) -> int:
+        """Open the disk exclusively: nobody can mount it or stack on it until the descriptor is closed.
+
+        O_EXCL without O_CREAT on a block device is the kernel's claim (open(2)).
+
+        Raises:
+            FailedPrecondition: it is in use.
+        """
+        try:
+            return os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise FailedPrecondition(
+                    f"{device.path} is in use: mounted, or claimed by another device",
+                    hint="unmount it and remove what is stacked on it first",
+                ) from error
+            raise
+
+    def _numbers(self, directory: Path, name: str) -> BusDevice | None:
+        try:
+            text = (directory / "dev").read_text()
+        except OSError:
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)\s*", text)
+        if not match:
+            return None
+        return BusDevice(self.roots.dev / name.replace("!", "/"), int(match[1]), int(match[2]))
+
+
+def _holds(process: Path, number: int, *, is_disk: bool) -> bool:
+    wanted = stat.S_ISBLK if is_disk else stat.S_ISCHR
+    for fd in _descriptors(process):
+        with contextlib.suppress(OSError):
+            status = fd.stat()
+            if status.st_rdev == number and wanted(status.st_mode):
+                return True
+    return False
+
+
+def _descriptors(process: Path) -> Iterator[Path]:
+    try:
+        yield from (process / "fd").iterdir()
+    except OSError:
+        return

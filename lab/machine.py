@@ -1,0 +1,390 @@
+"""One virtual machine: boots once, runs many commands, can lose its power and boot again.
+
+    with Machine() as machine:
+        machine.run(["uname", "-r"]).stdout
+
+How: `lab.qemu` starts QEMU with the host's root file system; `guest/init.sh` prepares the guest and starts
+an SSH server; `lab.channel` runs commands through it. What is kept true:
+- a machine's folder is locked as long as its QEMU lives, because QEMU inherits the lock: names never clash,
+  and a folder without a holder is rubbish;
+- every wait has an end, and each way of failing has its error (`lab.errors`) with the kernel's last lines;
+- the process that boots a machine need not stay (`detach`): another one finds it again (`Machine.find`). One
+  that dies without saying so takes its machine with it (`lab.keeper`).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lab import accel, qemu, virtiofsd
+from lab import host as on_host
+from lab import kernel as kernels
+from lab.channel import Channel, Command, Completed
+from lab.errors import BootError, CommandTimeout, GuestDied, GuestHung, GuestPanic, LabError
+from lab.paths import CHECKOUT, machines_dir, results_dir
+
+GIB = 1 << 30
+BOOT_S = 300.0
+ANSWER_S = 120.0
+"""How long a guest that is alive may take to run `true`: emulated, on a busy host."""
+
+_READY = "lab: ready"
+_PORT_TAKEN = "Could not set up host forwarding rule"
+
+
+@dataclass(frozen=True)
+class _Running:
+    qemu: qemu.Qemu
+    channel: Channel
+
+
+class Machine:
+    """A virtual machine with a VDUSE kernel."""
+
+    DISK = "/dev/disk/by-id/scsi-0lab_disk_scratch"
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        memory: str = "4G",
+        cpus: int = 2,
+        scratch_bytes: int = 2 * GIB,
+        disk_bytes: int = 0,
+        kernel: str | None = None,
+    ) -> None:
+        """Describe a machine; `boot` or the context manager starts it.
+
+        name: None takes the first free of vm0, vm1, ...; memory: QEMU's notation; scratch_bytes: size of the
+        tmpfs on /mnt/scratch; disk_bytes: size of a blank SCSI disk (`DISK`), that keeps its content over
+        `power_cut`; kernel: see `lab.kernel`.
+        """
+        self.boot_s = 0.0
+        self._name = name
+        self._hardware = qemu.Hardware(memory, cpus, disk_bytes, scratch_bytes)
+        self._kernel = kernel
+        self._lock: int | None = None
+        self._running: _Running | None = None
+
+    @classmethod
+    def find(cls, name: str) -> "Machine":
+        """The running machine of that name, booted by another process.
+
+        Raises LabError when there is none.
+        """
+        machine = cls(name)
+        if machine._try_lock(name):
+            machine._unlock()
+            raise LabError(f"no machine `{name}` is running; `python -m lab up --name {name}` starts one")
+        try:
+            state = json.loads((machine.folder / "state.json").read_text())
+            found = qemu.Qemu(state["qemu_pid"])
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise LabError(f"the machine `{name}` is booting or going down; try again in a moment") from error
+        machine._running = _Running(found, Channel(machine.folder / "ssh_config"))
+        machine.boot_s = state["boot_s"]
+        return machine
+
+    @property
+    def name(self) -> str:
+        """The machine's name, known from the first boot on.
+
+        Raises LabError before that, unless it was given.
+        """
+        if self._name is None:
+            raise LabError("the machine has no name before it boots")
+        return self._name
+
+    @property
+    def folder(self) -> Path:
+        """The machine's own folder: keys, logs, disk."""
+        return machines_dir() / self.name
+
+    @property
+    def console_log(self) -> Path:
+        """The file with everything the guest's kernel printed, this boot and those before it."""
+        return results_dir() / f"console-{self.name}.log"
+
+    def console(self, lines: int = 40) -> str:
+        """The last lines that the guest's kernel printed."""
+        return on_host.tail(self.console_log, lines)
+
+    def __enter__(self) -> Self:
+        self.boot()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Start the machine and wait until it takes commands.
+
+        Raises BootError when it does not come up, LabSetupError when something is missing on the host.
+        """
+        if self._running is not None:
+            raise LabError(f"the machine `{self.name}` is up; stop it or cut its power first")
+        kernel = kernels.obtain(self._kernel)
+        daemon = virtiofsd.obtain()
+        use_kvm = accel.kvm_works(kernel)
+        started = time.monotonic()
+        with contextlib.ExitStack() as undo:
+            if self._lock is None:
+                self._take_name()
+                undo.callback(self._forget)
+                self._clear_folder()
+                self.console_log.unlink(missing_ok=True)
+            self._fill_folder()
+            self._running = self._boot_somehow(kernel, daemon, use_kvm=use_kvm, deadline=started + BOOT_S)
+            undo.pop_all()
+        self.boot_s = time.monotonic() - started
+        state = {"qemu_pid": self._running.qemu.pid, "boot_s": self.boot_s}
+        (self.folder / "state.json").write_text(json.dumps(state))
+
+    def power_cut(self) -> None:
+        """Take the machine's power away: no sync, no goodbye. `boot` starts it again, its disk as it was."""
+        if self._running is not None:
+            self._running.channel.close()
+            self._running.qemu.kill()
+            self._running = None
+
+    def stop(self) -> None:
+        """End the machine and remove its folder; the kernel's log stays. Nothing happens when it is down."""
+        if self._name is None:
+            return
+        if self._running is not None and self._hardware.disk_bytes and not self._running.qemu.ended():
+            with contextlib.suppress(LabError):
+                self.run(["sync"], timeout_s=qemu.STOP_S)
+        self.power_cut()
+        self._unlock()
+        deadline = time.monotonic() + qemu.STOP_S
+        while not self._try_lock(self.name):  # virtme-ng's helpers may need a moment to go
+            if time.monotonic() > deadline:
+                raise LabError(f"something of the machine `{self.name}` is left; see {self.folder}")
+            time.sleep(0.02)
+        self._forget()
+
+    def detach(self) -> None:
+        """Leave the machine running for others to `find`; this object must not be used afterwards."""
+        if self._running is not None:
+            self._running.qemu.let_go()
+            self._running = None
+        self._unlock()
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float = 600,
+        check: bool = True,
+        cwd: Path = CHECKOUT,
+        env: Mapping[str, str] | None = None,
+        input_text: str | None = None,
+    ) -> Completed:
+        """Run a command in the guest and return what it printed.
+
+        timeout_s: seconds until it is killed with all its children; check: raise CommandFailed when its exit
+        code is not 0; env: added to the usual environment (`lab.channel`).
+        Raises CommandTimeout, GuestPanic, GuestDied, GuestHung.
+        """
+        command = self._usable().channel.start(argv, cwd=cwd, env=env, stdin=input_text is not None)
+        completed = self._finish(command, timeout_s, input_text)
+        if check:
+            completed.check()
+        return completed
+
+    def stream(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        cwd: Path = CHECKOUT,
+        env: Mapping[str, str] | None = None,
+        terminal: bool = False,
+    ) -> int:
+        """Run a command in the guest on our own standard input, output and error; return its exit code.
+
+        timeout_s: seconds until it is killed, None for never; terminal: give it a terminal.
+        Raises CommandTimeout, GuestPanic, GuestDied, GuestHung.
+        """
+        channel = self._usable().channel
+        command = channel.start(argv, cwd=cwd, env=env, inherit=True, terminal=terminal)
+        return self._finish(command, timeout_s, None).returncode
+
+    def start(
+        self, argv: Sequence[str], *, cwd: Path = CHECKOUT, env: Mapping[str, str] | None = None
+    ) -> Command:
+        """Start a command in the background, on pipes; its `kill` ends it and its children."""
+        return self._usable().channel.start(argv, cwd=cwd, env=env, stdin=True)
+
+    def _finish(self, command: Command, timeout_s: float | None, input_text: str | None) -> Completed:
+        words = shlex.join(command.argv)
+        try:
+            out, err = command.process.communicate(input_text, timeout=timeout_s)
+        except subprocess.TimeoutExpired as expired:
+            self._abort(command)
+            printed = _text(expired.stdout) + _text(expired.stderr)
+            said = f"; it had printed:\n{printed[-2000:]}" if printed else ""
+            raise CommandTimeout(f"`{words}` was killed after {timeout_s:g} s{said}") from expired
+        except BaseException:
+            self._abort(command)
+            raise
+        code = command.process.returncode
+        if code == Channel.LOST and not self._answers():
+            raise self._diagnose(f"during `{words}`")
+        return Completed(command.argv, code, out or "", err or "")
+
+    def _abort(self, command: Command) -> None:
+        if not command.kill(ANSWER_S) and not self._answers():
+            raise self._diagnose(f"while `{shlex.join(command.argv)}`, which took too long, was being killed")
+
+    def alive(self) -> bool:
+        """Whether the machine is up and answers."""
+        return self._running is not None and self._answers()
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def _usable(self) -> _Running:
+        if self._running is None:
+            raise LabError("the machine is not booted")
+        if self._running.qemu.ended():
+            raise self._diagnose("before the command started")
+        return self._running
+
+    def _answers(self) -> bool:
+        running = self._running
+        return running is not None and not running.qemu.ended() and running.channel.answers(ANSWER_S)
+
+    def _diagnose(self, when: str) -> LabError:
+        ended = self._running is None or self._running.qemu.ended(wait_s=2)
+        words = self.console(60)
+        report = f"{when}; the log {self.console_log} ends:\n{words or '(nothing)'}"
+        if not ended:
+            return GuestHung(f"the guest stopped answering {report}")
+        if "Kernel panic" in words:
+            return GuestPanic(f"the guest's kernel panicked {report}")
+        return GuestDied(f"the machine ended {report}")
+
+    # -- booting -------------------------------------------------------------------------------------------
+
+    def _boot_somehow(
+        self, kernel: kernels.Kernel, daemon: Path, *, use_kvm: bool, deadline: float
+    ) -> _Running:
+        """Boot, with another port when somebody took the free one before QEMU did."""
+        for _ in range(2):
+            try:
+                return self._boot_once(kernel, daemon, use_kvm=use_kvm, deadline=deadline)
+            except BootError:
+                if _PORT_TAKEN not in self.console(5):
+                    raise
+        return self._boot_once(kernel, daemon, use_kvm=use_kvm, deadline=deadline)
+
+    def _boot_once(self, kernel: kernels.Kernel, daemon: Path, *, use_kvm: bool, deadline: float) -> _Running:
+        sockets = Path(tempfile.mkdtemp(prefix="lab-"))
+        port = qemu.free_port()
+        channel = Channel.create(self.folder, sockets, port)
+        with contextlib.ExitStack() as undo:
+            undo.callback(channel.close)
+            keeper = qemu.start(
+                self.folder,
+                sockets,
+                self._hardware,
+                kernel,
+                port=port,
+                use_kvm=use_kvm,
+                virtiofsd=daemon,
+                shared=tuple(dict.fromkeys((CHECKOUT, results_dir()))),
+                lock=self._lock if self._lock is not None else -1,
+                console=self.console_log,
+            )
+            undo.callback(qemu.end_keeper, keeper)
+            try:
+                self._wait_ready(keeper, deadline)
+                channel.open(timeout_s=max(10.0, deadline - time.monotonic()))
+            except LabError as error:
+                said = on_host.tail(self.folder / "guest.out", 10)
+                log = f"the log {self.console_log} ends:\n{self.console()}\n{said}"
+                raise BootError(f"{error}; {log}") from error
+            running = _Running(qemu.Qemu(int((self.folder / "qemu.pid").read_text()), keeper), channel)
+            undo.pop_all()
+            return running
+
+    def _wait_ready(self, keeper: subprocess.Popen[bytes], deadline: float) -> None:
+        while _READY not in on_host.tail(self.folder / "guest.out", 50):
+            if keeper.poll() is not None:
+                raise LabError("the machine ended while booting")
+            if time.monotonic() > deadline:
+                raise LabError(f"the machine was not ready within {BOOT_S:g} s")
+            time.sleep(0.05)  # a file that another process writes: nothing better to wait on
+
+    def _take_name(self) -> None:
+        if self._name is not None:
+            if not self._try_lock(self._name):
+                raise LabError(f"a machine `{self._name}` is running; `python -m lab down` ends it")
+            return
+        for number in range(100):
+            if self._try_lock(f"vm{number}"):
+                self._name = f"vm{number}"
+                return
+        raise LabError(f"100 machines are running; their folders are in {machines_dir()}")
+
+    def _try_lock(self, name: str) -> bool:
+        file = os.open(machines_dir() / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        self._lock = file
+        return True
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear_folder(self) -> None:
+        """Remove what an earlier machine of this name may have left; the lock must be ours."""
+        Channel(self.folder / "ssh_config").close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _forget(self) -> None:
+        """Give the name back; the lock must be ours."""
+        self._clear_folder()
+        self._unlock()
+
+    def _fill_folder(self) -> None:
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in ("state.json", "guest.out", "qemu.pid"):
+            (folder / old).unlink(missing_ok=True)
+        for key in ("id", "host_key"):
+            if not (folder / key).exists():
+                argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(folder / key)]
+                on_host.run(argv, timeout_s=60)
+        settings = {"checkout": CHECKOUT, "scratch_bytes": self._hardware.scratch_bytes}
+        lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in settings.items()]
+        (folder / "guest.conf").write_text("".join(lines))
+        if self._hardware.disk_bytes and not (folder / "disk.img").exists():
+            with (folder / "disk.img").open("wb") as disk:
+                disk.truncate(self._hardware.disk_bytes)
+
+
+def _text(value: str | bytes | None) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""

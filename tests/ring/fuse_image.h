@@ -1,0 +1,20 @@
+/* A file system of one file that stalls at a word: how a backend hangs for real. Needs CAP_SYS_ADMIN. */
+#ifndef RING_FUSE_IMAGE_H
+#define RING_FUSE_IMAGE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct fuse_image {
+    char path[128];
+    int32_t *stall;   /* 1: transfers wait; shared with the server */
+    int32_t *stalled; /* how many wait */
+    uint8_t *content; /* shared too: what is on the disk */
+};
+
+/* Mount it; skips the case where that is not possible. The size is at most a few MiB. */
+void fuse_image_open(struct fuse_image *image, uint64_t size);
+void fuse_image_stall(struct fuse_image *image, bool stall);
+int32_t fuse_image_stalled(const struct fuse_image *image);
+
+#endif

@@ -1,0 +1,49 @@
+"""Wrong usage is refused with what was wrong, before anything is made."""
+
+import pytest
+
+from csi_vduse.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("export", "--backend", "file:/nowhere/image", "x"), "/nowhere/image"),
+        (("export", "--backend", "disk:/dev/null", "x"), "file:PATH or null:SIZE"),
+        (("export", "--backend", "null:lots", "x"), "lots"),
+        (("export", "--backend", "null:16M", "--queue-size", "100", "x"), "100"),
+        (("export", "--backend", "null:16M", "--block-size", "300", "x"), "300"),
+        (("export", "--backend", "null:16M", "--iops", "-1", "x"), "-1 requests per second"),
+        (("export", "--backend", "null:16M", "--bandwidth", "1", "x"), "4096"),
+        (("export", "--backend", "null:16M", "--burst-seconds", "0", "x"), "0.01"),
+        (("export", "--backend", "null:16M", "a/b"), "a/b"),
+        (("standalone", "--endpoint", "tcp://x", "--node-id", "n", "--pool", "p=file:/p"), "tcp://x"),
+        (("standalone", "--endpoint", "unix:///run/x", "--node-id", "n"), "no pool"),
+        (("standalone", "--endpoint", "unix:///run/x", "--node-id", "n", "--pool", "p=tape:/p"), "tape"),
+        (("volume", "detach", "--run-dir", "/nowhere", "vol"), "no agent listens"),
+        (("volume", "list", "--endpoint", "http:x"), "http:x"),
+    ],
+)
+def test_error_names_what_was_wrong(capsys, argv, said):
+    assert main(list(argv)) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [(), ("exprot",), ("volume", "create", "--endpoint", "unix:///x", "--size", "big", "v")]
+)
+def test_usage_errors_end_with_2(argv):
+    with pytest.raises(SystemExit) as ended:
+        main(list(argv))
+    assert ended.value.code == 2
+
+
+def test_without_permission_the_file_is_named_and_nothing_is_made(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("csi_vduse.cli.export.DEFAULT_RUN_DIR", tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/run/csi-vduse/export")
+
+    monkeypatch.setattr("csi_vduse.agent.store.Store.find", refuse)
+    assert main(["export", "--backend", "null:16M", "x"]) == 1
+    assert "/run/csi-vduse/export: Permission denied (run as root)" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""Snapshots, clones and restores over the controller: consistent, independent, complete or absent."""
+
+from dataclasses import replace
+
+import pytest
+
+from csi_vduse.agent.model import AttachSpec, State
+from csi_vduse.backends import copying
+from csi_vduse.dataplane.backend_spec import NullBackend
+from csi_vduse.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+)
+from csi_vduse.proto import csi_pb2
+from csi_vduse.services import copies
+from csi_vduse.volumes.ids import snapshot_id, volume_id
+from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
+from csi_vduse.volumes.model import State as RecordState
+from tests.unit.services.stack import MIB, Stack, create_request
+
+FORMATTED = FilesystemRecord("xfs", FilesystemState.FORMATTED)
+
+
+async def list_snapshots(stack, **fields):
+    answer = await stack.controller.ListSnapshots(csi_pb2.ListSnapshotsRequest(**fields), None)
+    return [entry.snapshot for entry in answer.entries]
+
+
+async def get_snapshot(stack, id_):
+    return (await stack.controller.GetSnapshot(csi_pb2.GetSnapshotRequest(snapshot_id=id_), None)).snapshot
+
+
+@pytest.fixture
+async def volume(stack):
+    volume = await stack.create()
+    stack.write(volume.volume_id, b"data")
+    return volume
+
+
+async def test_a_snapshot_holds_the_volume_as_it_was(stack, volume):
+    snapshot = await stack.snapshot(volume.volume_id)
+    stack.write(volume.volume_id, b"NEWS")
+    assert snapshot.ready_to_use
+    assert snapshot.size_bytes == 4 * MIB
+    assert snapshot.source_volume_id == volume.volume_id
+    assert snapshot.creation_time.seconds > 0
+    assert stack.read(snapshot.snapshot_id, 4) == b"data"
+
+
+async def test_the_same_request_gives_the_same_snapshot(stack, volume):
+    snapshot = await stack.snapshot(volume.volume_id)
+    stack.write(volume.volume_id, b"NEWS")
+    assert await stack.snapshot(volume.volume_id) == snapshot
+    assert stack.read(snapshot.snapshot_id, 4) == b"data"
+    await stack.delete(volume.volume_id)
+    assert await stack.snapshot(volume.volume_id) == snapshot
+
+
+async def test_the_same_name_for_another_volume_already_exists(stack, volume):
+    await stack.snapshot(volume.volume_id)
+    other = await stack.create("other")
+    with pytest.raises(AlreadyExists, match="is of volume"):
+        await stack.snapshot(other.volume_id)
+
+
+@pytest.mark.parametrize(
+    ("volume_id", "name", "error"),
+    [
+        ("", "s", InvalidArgument),
+        (volume_id("v"), "", InvalidArgument),
+        (volume_id("v"), "x" * 300, InvalidArgument),
+        (volume_id("v"), "../s", InvalidArgument),
+        (volume_id("none"), "s", NotFound),
+        ("../../etc", "s", NotFound),
+    ],
+)
+async def test_a_bad_request_leaves_nothing(stack, volume, volume_id, name, error):
+    before = stack.leftovers()
+    with pytest.raises(error):
+        await stack.snapshot(volume_id, name)
+    assert stack.leftovers() == before
+
+
+async def test_unknown_snapshot_parameters_are_named(stack, volume):
+    request = csi_pb2.CreateSnapshotRequest(
+        source_volume_id=volume.volume_id, name="s", parameters={"a": "b"}
+    )
+    with pytest.raises(InvalidArgument, match="unknown parameter 'a'"):
+        await stack.controller.CreateSnapshot(request, None)
+
+
+async def test_deleting_a_snapshot_leaves_nothing_and_can_be_repeated(stack, volume):
+    before = stack.leftovers()
+    snapshot = await stack.snapshot(volume.volume_id)
+    for _ in range(2):
+        await stack.delete_snapshot(snapshot.snapshot_id)
+    assert stack.leftovers() == before
+    await stack.delete_snapshot("../../etc/passwd")
+    with pytest.raises(InvalidArgument):
+        await stack.delete_snapshot("")
+
+
+async def test_restore_and_clone_have_the_data_and_know_their_source(stack, volume):
+    snapshot = await stack.snapshot(volume.volume_id)
+    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id)
+    clone = await stack.create("clone", from_volume=volume.volume_id, required=8 * MIB)
+    assert restored.content_source.snapshot.snapshot_id == snapshot.snapshot_id
+    assert clone.content_source.volume.volume_id == volume.volume_id
+    assert clone.capacity_bytes == stack.image(clone.volume_id).stat().st_size == 8 * MIB
+    for copy in (restored, clone):
+        assert stack.read(copy.volume_id, 4) == b"data"
+        stack.write(copy.volume_id, b"NEWS")
+    assert stack.read(volume.volume_id, 4) == stack.read(snapshot.snapshot_id, 4) == b"data"
+
+
+async def test_copies_are_independent_of_their_source(stack, volume):
+    snapshot = await stack.snapshot(volume.volume_id)
+    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id)
+    await stack.delete(volume.volume_id)
+    await stack.delete_snapshot(snapshot.snapshot_id)
+    assert stack.read(restored.volume_id, 4) == b"data"
+    assert await stack.create("restored", from_snapshot=snapshot.snapshot_id) == restored
+
+
+async def test_a_copy_without_a_size_has_that_of_its_source(stack, volume):
+    request = create_request("clone", from_volume=volume.volume_id)
+    request.ClearField("capacity_range")
+    clone = (await stack.controller.CreateVolume(request, None)).volume
+    assert clone.capacity_bytes == volume.capacity_bytes
+
+
+async def test_a_copy_is_never_smaller_than_its_source(stack, volume):
+    with pytest.raises(OutOfRange, match="needs 4194304"):
+        await stack.create("clone", from_volume=volume.volume_id, required=MIB, limit=2 * MIB)
+
+
+async def test_copies_inherit_the_file_system_record(stack, volume):
+    stored = await stack.registry.get_volume(volume.volume_id)
+    await stack.registry.put_volume(replace(stored, filesystem=FORMATTED))
+    snapshot = await stack.snapshot(volume.volume_id)
+    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id)
+    clone = await stack.create("clone", from_volume=volume.volume_id)
+    for copy in (restored, clone):
+        assert (await stack.registry.get_volume(copy.volume_id)).filesystem == FORMATTED
+
+
+async def test_a_copy_stays_in_the_pool_of_its_source(tmp_path):
+    stack = Stack(tmp_path, pool_names=("a", "b"))
+    source = await stack.create(parameters={"pool": "b"})
+    clone = await stack.create("clone", from_volume=source.volume_id)
+    assert clone.volume_context["pool"] == "b"
+    with pytest.raises(InvalidArgument, match="is in pool 'b', not 'a'"):
+        await stack.create("other", from_volume=source.volume_id, parameters={"pool": "a"})
+    stack.close()
+
+
+# Volumes in use.
+
+
+@pytest.fixture
+async def attached(stack, volume):
+    await stack.agent.attach(AttachSpec(volume.volume_id, NullBackend(), 4 * MIB))
+    stack.agent.events.clear()
+    return volume
+
+
+async def test_an_attached_volume_is_held_while_it_is_copied(stack, attached, monkeypatch):
+    held = []
+
+    def copy(*args, **kwargs):
+        held.append(stack.agent.is_held(attached.volume_id))
+        return original(*args, **kwargs)
+
+    original = copying.copy_image
+    monkeypatch.setattr("csi_vduse.backends.file.copy_image", copy)
+    await stack.snapshot(attached.volume_id)
+    await stack.create("clone", from_volume=attached.volume_id)
+    assert held == [True, True]
+    assert not stack.agent.held_until_s
+    held_and_resumed = [f"quiesce {attached.volume_id}", f"resume {attached.volume_id}"]
+    assert [event for event in stack.agent.events if event != "list"] == held_and_resumed * 2
+
+
+async def test_a_volume_goes_on_after_a_failed_copy_and_nothing_is_left(stack, attached, monkeypatch):
+    before = stack.leftovers()
+    monkeypatch.setattr(copies, "_FIXED_S", 0.0)
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
+    with pytest.raises(DeadlineExceeded):
+        await stack.snapshot(attached.volume_id)
+    assert not stack.agent.held_until_s
+    assert stack.leftovers() == before
+
+
+async def test_a_volume_whose_worker_is_dead_is_not_copied(stack, attached):
+    before = stack.leftovers()
+    stack.agent.set_state(attached.volume_id, State.WORKER_DEAD)
+    with pytest.raises(Unavailable):
+        await stack.snapshot(attached.volume_id)
+    assert stack.leftovers() == before
+
+
+async def test_a_copy_counts_even_if_resume_fails_for_the_hold_ends_by_itself(stack, attached):
+    stack.agent.fail["resume"] = Unavailable("gone")
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_hold_is_never_longer_than_the_agent_allows(stack, attached, monkeypatch):
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 0.001)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+# Lists.
+
+
+async def test_an_unfinished_snapshot_is_told_by_get_only_and_cannot_be_restored(stack, volume):
+    snapshot = await stack.snapshot(volume.volume_id)
+    stored = await stack.registry.get_snapshot(snapshot.snapshot_id)
+    await stack.registry.put_snapshot(replace(stored, state=RecordState.CREATING))
+    assert not (await get_snapshot(stack, snapshot.snapshot_id)).ready_to_use
+    assert await list_snapshots(stack) == []
+    with pytest.raises(Unavailable, match="not ready to use"):
+        await stack.create("restored", from_snapshot=snapshot.snapshot_id)
+
+
+async def test_snapshots_are_found_by_id_and_by_volume(stack, volume):
+    other = await stack.create("other")
+    mine = await stack.snapshot(volume.volume_id, "s1")
+    theirs = await stack.snapshot(other.volume_id, "s2")
+    assert await list_snapshots(stack) == [mine, theirs]
+    assert await list_snapshots(stack, snapshot_id=mine.snapshot_id) == [mine]
+    assert await list_snapshots(stack, source_volume_id=other.volume_id) == [theirs]
+    assert await list_snapshots(stack, source_volume_id=other.volume_id, snapshot_id=mine.snapshot_id) == []
+    assert await list_snapshots(stack, snapshot_id="unknown") == []
+    assert await get_snapshot(stack, mine.snapshot_id) == mine
+    with pytest.raises(NotFound):
+        await get_snapshot(stack, snapshot_id("none"))
