@@ -252,7 +252,7 @@ BOTH(a_fault_ends_the_wait)
     CHECK_EQUAL(vd_queue_pause(rig.engine, 0, 20000), 0);
     CHECK_EQUAL(vd_engine_set_regions(rig.engine, NULL, 0), 0);
     CHECK_EQUAL(vd_queue_resume(rig.engine, 0), 0);
-    CHECK_EQUAL(rig_stats(&rig, 0).fault, VD_FAULT_RING_ADDRESS);
+    WAIT_FOR(rig_stats(&rig, 0).fault == VD_FAULT_RING_ADDRESS);
     WAIT_FOR(rig_stats(&rig, 0).in_flight == 0);
     rig_close(&rig);
 }

@@ -82,6 +82,7 @@ struct vd_queue {
     struct vd_queue_config config;
     struct vd_queue_stats *stats;
     struct vd_vring ring;
+    struct vd_memory *moved_to;  /* where the rings are to be looked for from now on, until the thread has done so */
     struct vd_pace pace;
     struct io_uring uring;
     struct vd_request *requests; /* as many as the ring has entries, so that there is one for every chain */

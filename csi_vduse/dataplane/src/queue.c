@@ -330,6 +330,23 @@ static void rest(struct vd_queue *q, enum command command, bool abandoned)
         vd_vring_disable_kick(&q->ring);
 }
 
+/*
+ * What to do now. Who is told to run looks first for the rings where the control thread says they are since: the old
+ * address map may be gone.
+ */
+static enum command read_command(struct vd_queue *q)
+{
+    enum command command = (enum command)load_acquire(&q->command);
+    struct vd_memory *memory;
+
+    if (command != RUN || !load_relaxed(&q->moved_to))
+        return command;
+    memory = __atomic_exchange_n(&q->moved_to, NULL, __ATOMIC_ACQUIRE);
+    if (!vd_vring_move(&q->ring, memory, &q->config))
+        vd_queue_fault(q, VD_FAULT_RING_ADDRESS);
+    return command;
+}
+
 static int open_uring(struct vd_queue *q)
 {
     /* Completions are collected by this thread when it asks, not by interrupting it (Linux 6.1). */
@@ -362,11 +379,10 @@ void *vd_queue_run(void *argument)
     vd_queue_set_state(q, RUNNING);
     pthread_mutex_unlock(&q->lock);
     for (;;) {
-        enum command command = (enum command)load_acquire(&q->command);
-
+        enum command command = read_command(q);
         unsigned work = advance(q, command);
 
-        command = (enum command)load_acquire(&q->command); /* that may have taken long */
+        command = read_command(q); /* that may have taken long */
         if (command == RUN) {
             work += settle(q, command);
         } else {

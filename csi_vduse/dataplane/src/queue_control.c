@@ -199,8 +199,8 @@ int vd_queue_resume(struct vd_engine *engine, uint32_t index)
     if (!q)
         return 0;
     pthread_mutex_lock(&q->lock);
-    if (q->ring.memory != engine->memory && !vd_vring_move(&q->ring, engine->memory, &q->config))
-        vd_queue_fault(q, VD_FAULT_RING_ADDRESS);
+    /* The thread moves, not we: one that did not pause in time may be reading its ring at this moment. */
+    store_release(&q->moved_to, engine->memory);
     store_release(&q->command, RUN);
     vd_queue_set_state(q, RUNNING);
     pthread_mutex_unlock(&q->lock);

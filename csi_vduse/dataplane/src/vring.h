@@ -66,8 +66,8 @@ enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory 
                                   const struct vd_queue_config *config, struct vd_log *log);
 
 /*
- * Find the rings again in another memory; indices stay. False if they are not all there: the ring is unusable. It is
- * where it was then, since a thread that a backend holds up may look at it once more before it sees the fault.
+ * Find the rings again in another memory; indices stay. False if they are not all there: the ring is unusable,
+ * and is where it was.
  */
 bool vd_vring_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config);
 
