@@ -122,7 +122,7 @@ static unsigned turn(struct vd_queue *q)
 {
     bool model = world->apart && !world->rings_cut && !blind && !memory_lost(q);
     uint16_t avail = q->ring.next_avail, used = q->ring.published_used;
-    enum command command = (enum command)q->command;
+    enum command command = read_command(q);
     unsigned work;
 
     if (model)
@@ -175,7 +175,7 @@ void drive_started(struct vd_queue *q)
 void drive_kick(struct vd_queue *q)
 {
     for (int i = 0; i < 3; i++) {
-        if (!q->stats->fault)
+        if (read_command(q) == RUN && !q->stats->fault)
             vd_vring_disable_kick(&q->ring);
         if (!turn(q) && !q->stats->fault)
             (void)vd_vring_enable_kick(&q->ring);
