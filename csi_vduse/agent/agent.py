@@ -28,11 +28,13 @@ from csi_vduse.agent.attach import (
     start_worker,
 )
 from csi_vduse.agent.detach import detach
+from csi_vduse.agent.handover import handover
 from csi_vduse.agent.limits import this_machine, volume_limit
 from csi_vduse.agent.model import (
     Attachment,
     AttachSpec,
     Bus,
+    Handover,
     Inspection,
     Probe,
     State,
@@ -41,12 +43,13 @@ from csi_vduse.agent.model import (
     stats_from_json,
 )
 from csi_vduse.agent.revive import Reviver
-from csi_vduse.agent.workers import Worker, find_worker
-from csi_vduse.dataplane import backend_spec
+from csi_vduse.agent.workers import Worker, find_serving
+from csi_vduse.dataplane import backend_spec, versions
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     AlreadyExists,
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidArgument,
     NotFound,
     OutOfRange,
@@ -61,6 +64,7 @@ T = TypeVar("T")
 _ASK_TIMEOUT_S = 10.0
 _RESIZE_SEEN_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_STOP_TIMEOUT_S = 20.0
 _MAX_DEFAULT_QUEUES = 4
 # Longer would keep applications waiting beyond what people take for a hang.
 MAX_HOLD_S = 300.0
@@ -89,6 +93,8 @@ class Agent:
         self._broken: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reviver = Reviver(self._serve_again)
+        self._leaving = False
+        self.left = asyncio.Event()
 
     async def recover(self) -> None:
         """Take over what earlier agents left: adopt living workers, finish what was half-way."""
@@ -98,7 +104,9 @@ class Agent:
                 self._node.store.forget(name)
                 continue
             self._attachments[volume_id] = attachment
-            worker = await find_worker(self._node.store.control_path(name))
+            worker = await find_serving(
+                self._node.store.control_path(name), self._node.store.next_control_path(name)
+            )
             if worker is not None:
                 self._hold(volume_id, worker)
             if attachment.state is State.ATTACHED and worker is None:
@@ -184,11 +192,14 @@ class Agent:
         Raises:
             InvalidArgument: hold_s is not above 0 and at most 300.
             Unavailable: the worker is dead.
+            Pending: another operation is under way: its end may give the volume another worker, which holds nothing.
         """
         if not 0 < hold_s <= MAX_HOLD_S:
             raise InvalidArgument(
                 f"cannot hold requests for {hold_s:g} s", hint=f"use up to {MAX_HOLD_S:g} s"
             )
+        if volume_id in self._busy:
+            raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
         worker = self._workers.get(volume_id)
         if worker is not None:
             await worker.call({"op": "quiesce", "hold_s": hold_s}, timeout_s=hold_s + _ASK_TIMEOUT_S)
@@ -200,6 +211,15 @@ class Agent:
         worker = self._workers.get(volume_id)
         if worker is not None:
             await worker.call({"op": "resume"}, timeout_s=_ASK_TIMEOUT_S)
+
+    async def handover(self, volume_id: str) -> Handover:
+        """Replace the living worker of a volume by a new one; see handover.py.
+
+        Raises:
+            NotFound: not attached.
+            FailedPrecondition, Unavailable, Pending: it cannot be now; the old worker serves as before.
+        """
+        return await self._finish(self._handover(volume_id))
 
     async def stats(self) -> list[VolumeStats]:
         """Return the counters of every living worker."""
@@ -223,14 +243,31 @@ class Agent:
         ]
         return Probe(__version__, not problems, tuple(problems), self._max_volumes)
 
+    def workers_of_other_programs(self) -> list[str]:
+        """Volumes whose living worker was not forked from where we were: their worker can end without ours."""
+        return sorted(
+            volume_id
+            for volume_id, worker in self._workers.items()
+            if worker.hello is None or worker.hello.image != versions.IMAGE
+        )
+
+    async def leave(self) -> None:
+        """Take no more operations, let those that run end, and tell `left`: another agent takes our place."""
+        self._leaving = True
+        await self._settle_down()
+        self.left.set()
+
     async def close(self) -> None:
         """Let running operations end, and let go of the workers, which go on serving."""
-        await self._reviver.close()
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._settle_down()
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+
+    async def _settle_down(self) -> None:
+        await self._reviver.close()
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _attach(self, spec: AttachSpec) -> Attachment:
         async with self._alone(spec.volume_id):
@@ -258,7 +295,7 @@ class Agent:
                 worker_pid=worker.pid,
                 seconds=round(time.monotonic() - started, 3),
             )
-            return attachment
+            return self._current(spec.volume_id)
 
     def _settle(self, spec: AttachSpec) -> None:
         """After a failed attach: forget it, unless its undo failed too, which left a record for detach."""
@@ -284,7 +321,7 @@ class Agent:
                     adopt=lambda found: self._workers.__setitem__(volume_id, found),
                 )
             except BaseException:
-                self._after_failed_detach(volume_id)
+                self._after_failure(volume_id)
                 raise
             del self._attachments[volume_id]
             self._workers.pop(volume_id, None)
@@ -292,7 +329,8 @@ class Agent:
             self._reviver.forget(volume_id)
             log.get().info("detached", volume_id=volume_id)
 
-    def _after_failed_detach(self, volume_id: str) -> None:
+    def _after_failure(self, volume_id: str) -> None:
+        """Take stock of a volume after a detach or handover that failed: is there a worker, and what is recorded."""
         worker = self._workers.pop(volume_id, None)
         if worker is not None:
             if worker.alive:
@@ -316,13 +354,19 @@ class Agent:
             worker = self._workers.get(volume_id)
             if worker is None:
                 raise Unavailable(f"the worker of volume {volume_id} is dead")
-            await worker.call(
-                {"op": "resize", "capacity_bytes": capacity_bytes}, timeout_s=self._node.config.step_timeout_s
-            )
-            attachment = replace(attachment, spec=spec)
-            self._node.store.save(attachment)
-            self._attachments[volume_id] = attachment
-            await self._wait_for_capacity(attachment)
+            # Recorded first: a worker that knew less than its driver would refuse requests. More does no harm.
+            grown = replace(attachment, spec=spec)
+            self._node.store.save(grown)
+            try:
+                await worker.call(
+                    {"op": "resize", "capacity_bytes": capacity_bytes},
+                    timeout_s=self._node.config.step_timeout_s,
+                )
+            except FailedPrecondition:  # it refused: the driver has not heard of it
+                self._node.store.save(attachment)
+                raise
+            self._attachments[volume_id] = grown
+            await self._wait_for_capacity(grown)
             return self._current(volume_id)
 
     async def _throttle(self, volume_id: str, throttle: Throttle) -> Attachment:
@@ -335,6 +379,35 @@ class Agent:
             if worker is not None:
                 await set_throttle(self._node, worker, throttle)
             return self._current(volume_id)
+
+    async def _handover(self, volume_id: str) -> Handover:
+        async with self._alone(volume_id):
+            attachment, old = self._require(volume_id), self._workers.get(volume_id)
+            state = self._current(volume_id).state
+            if old is None or state is not State.ATTACHED:
+                raise Unavailable(
+                    f"volume {volume_id} is {state}: it has no worker that could hand it over",
+                    hint="a dead worker is replaced by itself",
+                )
+            try:
+                new, pause_s = await handover(self._node, attachment, old)
+            except BaseException:
+                self._after_failure(volume_id)
+                raise
+            attachment = replace(attachment, worker_pid=new.pid)
+            self._attachments[volume_id] = attachment
+            self._hold(volume_id, new)
+            self._node.store.save(attachment)
+            old.on_exit = None
+            await old.stop(timeout_s=_STOP_TIMEOUT_S)
+            log.get().info(
+                "handed over",
+                volume_id=volume_id,
+                worker_pid=new.pid,
+                old_worker_pid=old.pid,
+                pause_s=round(pause_s, 3),
+            )
+            return Handover(self._current(volume_id), pause_s)
 
     async def _wait_for_capacity(self, attachment: Attachment) -> None:
         """Wait for the driver, which takes the capacity up a moment after the interrupt."""
@@ -377,7 +450,12 @@ class Agent:
         attachment, worker = self._attachments[volume_id], self._workers.get(volume_id)
         lives = worker is not None and worker.alive and volume_id not in self._broken
         if attachment.state is not State.ATTACHED or lives:
-            return replace(attachment, worker_pid=worker.pid if worker is not None else 0)
+            hello = worker.hello if worker is not None else None
+            return replace(
+                attachment,
+                worker_pid=worker.pid if worker is not None else 0,
+                worker_version=hello.version if hello is not None else "",
+            )
         if volume_id in self._broken:
             return replace(
                 attachment,
@@ -454,7 +532,14 @@ class Agent:
             self._busy.discard(volume_id)
 
     async def _finish(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Await an operation; if the caller is cancelled the operation goes on to its end."""
+        """Await an operation; if the caller is cancelled the operation goes on to its end.
+
+        Raises:
+            Unavailable: we are leaving.
+        """
+        if self._leaving:
+            operation.close()
+            raise Unavailable("another agent takes the place of this one", hint="retry in a moment")
         task = asyncio.get_running_loop().create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._done)

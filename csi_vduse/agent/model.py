@@ -24,6 +24,7 @@ __all__ = [
     "Attachment",
     "Bus",
     "BusDevice",
+    "Handover",
     "Inspection",
     "OperationStats",
     "Probe",
@@ -121,6 +122,7 @@ class Attachment:
         state_reason: why, when the state is not the normal one.
         device: what users open; None until bound.
         worker_pid: 0 for none.
+        worker_version: release of the worker's program, empty if unknown; not of the record.
     """
 
     spec: AttachSpec
@@ -128,6 +130,7 @@ class Attachment:
     state_reason: str = ""
     device: BusDevice | None = None
     worker_pid: int = 0
+    worker_version: str = ""
 
     @property
     def volume_id(self) -> str:
@@ -186,6 +189,14 @@ class Inspection:
     stats: VolumeStats | None
     features: int
     device_status: int
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A volume that has another worker now; pause_s: how long none served it."""
+
+    attachment: Attachment
+    pause_s: float
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Where the agent keeps what it knows of its attachments: RUN_DIR/volumes/DEVICE/, on tmpfs.
 
 A directory per attachment: record.json (written before acts), control.sock (the worker listens there),
+next.control.sock (until it serves, the worker of a handover listens there),
 inflight.log (what it has in flight, for the worker that comes after it). tmpfs, because everything in it is
 about this boot: devices and workers do not survive one either.
 """
@@ -17,6 +18,7 @@ from csi_vduse.errors import DataLoss
 
 _RECORD = "record.json"
 _CONTROL = "control.sock"
+_NEXT_CONTROL = "next.control.sock"
 _INFLIGHT = "inflight.log"
 
 
@@ -33,6 +35,10 @@ class Store:
     def control_path(self, device_name: str) -> Path:
         """Where the worker of a device listens."""
         return self.directory / device_name / _CONTROL
+
+    def next_control_path(self, device_name: str) -> Path:
+        """Where the new worker of a handover listens before it takes the old one's place."""
+        return self.directory / device_name / _NEXT_CONTROL
 
     def inflight_path(self, device_name: str) -> Path:
         """Where the in-flight log of a device is."""

@@ -138,6 +138,7 @@ def attachment_to_wire(attachment: Attachment) -> agent_pb2.Attachment:
         packed=spec.packed,
         throttle=throttle_to_wire(spec.throttle),
         worker_pid=attachment.worker_pid,
+        worker_version=attachment.worker_version,
     )
 
 
@@ -160,6 +161,7 @@ def attachment_from_wire(message: agent_pb2.Attachment) -> Attachment:
         state_reason=message.state_reason,
         device=BusDevice(Path(message.path), message.major, message.minor) if message.path else None,
         worker_pid=message.worker_pid,
+        worker_version=message.worker_version,
     )
 
 

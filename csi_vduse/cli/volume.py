@@ -9,7 +9,8 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,11 +96,24 @@ def _with_controller(options: argparse.Namespace, act: _CsiAct) -> int:
             rows = act(options, csi_pb2_grpc.ControllerStub(channel))
         except grpc.RpcError as error:
             raise VduseError(f"{error.code().name}: {error.details()}") from error
-    _show(options, rows)
+    show_rows(options, rows)
     return 0
 
 
 async def _with_agent(options: argparse.Namespace, act: _AgentAct) -> int:
+    async with connected_agent(options) as agent:
+        rows = await act(options, agent)
+    show_rows(options, rows)
+    return 0
+
+
+@asynccontextmanager
+async def connected_agent(options: argparse.Namespace) -> AsyncIterator[AgentClient]:
+    """A client of the agent that --run-dir names.
+
+    Raises:
+        Unavailable: there is none.
+    """
     from csi_vduse.agent.client import AgentClient  # noqa: PLC0415
 
     config = AgentConfig(run_dir=options.run_dir.absolute())
@@ -109,11 +123,9 @@ async def _with_agent(options: argparse.Namespace, act: _AgentAct) -> int:
         )
     agent = AgentClient(config.socket_path)
     try:
-        rows = await act(options, agent)
+        yield agent
     finally:
         await agent.close()
-    _show(options, rows)
-    return 0
 
 
 def _create(options: argparse.Namespace, controller: csi_pb2_grpc.ControllerStub) -> _Rows:
@@ -259,6 +271,7 @@ def _attachment_row(attachment: Attachment) -> dict[str, Any]:
         "read_only": spec.read_only,
         "queues": spec.queues,
         "worker_pid": attachment.worker_pid,
+        "worker_version": attachment.worker_version,
     }
 
 
@@ -271,7 +284,8 @@ def _throttle_row(attachment: Attachment) -> dict[str, Any]:
     }
 
 
-def _show(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+def show_rows(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as --output says."""
     if options.output == "json":
         json.dump(list(rows), sys.stdout, indent=2)
         print()
@@ -303,4 +317,5 @@ _attachment_columns = (
     "read_only",
     "queues",
     "worker_pid",
+    "worker_version",
 )
