@@ -97,35 +97,51 @@ class Agent:
         self.left = asyncio.Event()
 
     async def recover(self) -> None:
-        """Take over what earlier agents left: adopt living workers, finish what was half-way."""
-        for attachment in self._node.store.load():
-            volume_id, name = attachment.volume_id, attachment.device_name
-            if not self._node.sysfs.vduse_exists(name):
+        """Take over what earlier agents left: adopt living workers, finish what was half-way; see recovery.py."""
+        for step in plan(observe(self._node.store, self._node.sysfs)):
+            if not isinstance(step, Adopt):
+                log.get().warning("recovery", step=str(step))
+            try:
+                await self._recover(step)
+            except VduseError as error:
+                log.get().error("recovery goes on without this", step=str(step), error=str(error))
+
+    async def _recover(self, step: Step) -> None:
+        match step:
+            case Adopt(attachment):
+                await self._adopt(attachment)
+            case Finish(attachment):
+                self._attachments[attachment.volume_id] = attachment
+                await self._find_worker(attachment)
+                self._leftovers.add(attachment.volume_id)
+                await self.detach(attachment.volume_id)
+            case Forget(name):
+                await end_workers(self._node.store.control_path(name), self._node.store.next_control_path(name))
                 self._node.store.forget(name)
-                continue
-            self._attachments[volume_id] = attachment
-            worker = await find_serving(
-                self._node.store.control_path(name), self._node.store.next_control_path(name)
-            )
-            if worker is not None:
-                self._hold(volume_id, worker)
-            if attachment.state is State.ATTACHED and worker is None:
-                self._reviver.worker_died(volume_id)
-            elif attachment.state is State.ATTACHED and worker is not None:
-                with contextlib.suppress(
-                    VduseError
-                ):  # the last agent may have died between record and worker
-                    await set_throttle(self._node, worker, attachment.spec.throttle)
-            if attachment.state in (State.ATTACHING, State.DETACHING):
-                log.get().warning(
-                    "finishing what an earlier agent began", volume_id=volume_id, state=attachment.state
-                )
-                try:
-                    await self.detach(volume_id)
-                except VduseError as error:
-                    log.get().error(
-                        "detach failed; a later one goes on", volume_id=volume_id, error=str(error)
-                    )
+            case Destroy(name):
+                await self._node.kernel.destroy(name)
+
+    async def _adopt(self, attachment: Attachment) -> None:
+        self._attachments[attachment.volume_id] = attachment
+        worker = await self._find_worker(attachment)
+        if worker is None:
+            self._reviver.worker_died(attachment.volume_id)
+            return
+        # The last agent may have died between a record and its worker.
+        with contextlib.suppress(VduseError):
+            await set_throttle(self._node, worker, attachment.spec.throttle)
+        with contextlib.suppress(VduseError):
+            await set_capacity(self._node, worker, attachment.spec.capacity_bytes)
+
+    async def _find_worker(self, attachment: Attachment) -> Worker | None:
+        """Find the worker that an earlier agent left, and hold it."""
+        name = attachment.device_name
+        worker = await find_serving(
+            self._node.store.control_path(name), self._node.store.next_control_path(name)
+        )
+        if worker is not None:
+            self._hold(attachment.volume_id, worker)
+        return worker
 
     async def attach(self, spec: AttachSpec) -> Attachment:
         """Attach a volume; returns the existing attachment if it is the one asked for.
@@ -141,9 +157,9 @@ class Agent:
         device_spec(spec)  # refuses an impossible geometry
         return await self._finish(self._attach(spec))
 
-    async def detach(self, volume_id: str) -> None:
-        """Detach a volume; fine if it is not attached. See detach.py for what it raises."""
-        await self._finish(self._detach(volume_id))
+    async def detach(self, volume_id: str, *, force: bool = False) -> None:
+        """Detach a volume; fine if it is not attached. See detach.py for what it raises, and for force."""
+        await self._finish(self._detach(volume_id, force=force))
 
     async def resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
         """Tell the driver about a capacity that the backend has already; returns when the disk shows it.
@@ -304,7 +320,7 @@ class Agent:
         if attachment is not None:
             self._attachments[spec.volume_id] = attachment
 
-    async def _detach(self, volume_id: str) -> None:
+    async def _detach(self, volume_id: str, *, force: bool) -> None:
         await self._reviver.stop(volume_id)  # detach gives the volume the worker that it needs
         async with self._alone(volume_id):
             attachment = self._attachments.get(volume_id)
@@ -319,6 +335,7 @@ class Agent:
                     attachment,
                     worker,
                     adopt=lambda found: self._workers.__setitem__(volume_id, found),
+                    force=force,
                 )
             except BaseException:
                 self._after_failure(volume_id)

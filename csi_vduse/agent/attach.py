@@ -23,6 +23,7 @@ from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import Worker, WorkerSource
 from csi_vduse.config import AgentConfig, check_socket_path
 from csi_vduse.dataplane import backend_spec, inflight, throttle
+from csi_vduse.dataplane.backend_spec import ErrorBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
@@ -162,16 +163,18 @@ async def start_worker(
     *,
     resume: bool = False,
     limits: Throttle = UNLIMITED,
+    failing: bool = False,
 ) -> Worker:
     """Start a worker and hand it the device; it serves when this returns.
 
     limits: hold at once.
     resume: the device has been served before; what that worker had in flight is replayed before anything else.
+    failing: fail every request, the replayed ones too, without the backend.
 
     """
     worker = await node.spawner.spawn(node.store.control_path(spec.device_name))
     undo.push_async_callback(worker.kill)
-    await serve(node, spec, worker, resume=resume, limits=limits)
+    await serve(node, spec, worker, resume=resume, limits=limits, failing=failing)
     return worker
 
 
@@ -188,7 +191,13 @@ async def prepare(node: Node, spec: AttachSpec, worker: Worker) -> None:
 
 
 async def serve(
-    node: Node, spec: AttachSpec, worker: Worker, *, resume: bool, limits: Throttle = UNLIMITED
+    node: Node,
+    spec: AttachSpec,
+    worker: Worker,
+    *,
+    resume: bool,
+    limits: Throttle = UNLIMITED,
+    failing: bool = False,
 ) -> None:
     """Hand an idle worker the device, which nobody else has open; see start_worker.
 
@@ -202,6 +211,7 @@ async def serve(
             {
                 "op": "start",
                 **_start_arguments(node, spec),
+                **({"backend": backend_spec.to_json(ErrorBackend())} if failing else {}),
                 "throttle": throttle.to_json(limits),
                 "resume": resume,
             },

@@ -47,9 +47,9 @@ class AgentClient:
         answer = await self._call(self._stub.Attach(wire.spec_to_wire(spec), timeout=_ACT_TIMEOUT_S))
         return wire.attachment_from_wire(answer)
 
-    async def detach(self, volume_id: str) -> None:
-        """Detach a volume; fine if it is not attached. FailedPrecondition while it is in use."""
-        request = agent_pb2.DetachRequest(volume_id=volume_id)
+    async def detach(self, volume_id: str, *, force: bool = False) -> None:
+        """Detach a volume; fine if it is not attached. FailedPrecondition while it is in use, but by force."""
+        request = agent_pb2.DetachRequest(volume_id=volume_id, force=force)
         await self._call(self._stub.Detach(request, timeout=_ACT_TIMEOUT_S))
 
     async def resize(self, volume_id: str, capacity_bytes: int) -> Attachment:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.dataplane import backend_spec, throttle
-from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument
 from csi_vduse.vdpa.model import Bus, BusDevice
@@ -123,6 +123,7 @@ class Attachment:
         device: what users open; None until bound.
         worker_pid: 0 for none.
         worker_version: release of the worker's program, empty if unknown; not of the record.
+        forced: it is being detached by force: what waits for it fails.
     """
 
     spec: AttachSpec
@@ -131,6 +132,7 @@ class Attachment:
     device: BusDevice | None = None
     worker_pid: int = 0
     worker_version: str = ""
+    forced: bool = False
 
     @property
     def volume_id(self) -> str:
@@ -226,6 +228,7 @@ def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
         "state": attachment.state.value,
         "state_reason": attachment.state_reason,
         "worker_pid": attachment.worker_pid,
+        "forced": attachment.forced,
         "device": {"path": str(device.path), "major": device.major, "minor": device.minor}
         if device
         else None,
@@ -243,7 +246,7 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
         return Attachment(
             spec=AttachSpec(
                 volume_id=value["volume_id"],
-                backend=backend_spec.from_json(value["backend"]),
+                backend=_backend_from_json(value["backend"]),
                 capacity_bytes=value["capacity_bytes"],
                 bus=Bus(value["bus"]),
                 read_only=value["read_only"],
@@ -257,9 +260,17 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
             state_reason=value["state_reason"],
             device=BusDevice(Path(device["path"]), device["major"], device["minor"]) if device else None,
             worker_pid=value["worker_pid"],
+            forced=value.get("forced", False),
         )
     except (KeyError, TypeError, ValueError, InvalidArgument) as error:
         raise DataLoss(f"attachment record is damaged: {error}") from error
+
+
+def _backend_from_json(value: dict[str, Any]) -> BackendSpec:
+    backend = backend_spec.from_json(value)
+    if isinstance(backend, ErrorBackend):
+        raise InvalidArgument("no attachment has the backend that fails everything")
+    return backend
 
 
 def stats_from_json(volume_id: str, backend: str, value: dict[str, Any], *, bounce_bytes: int) -> VolumeStats:

@@ -44,7 +44,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
         """See agent.proto."""
 
         async def act() -> agent_pb2.DetachResponse:
-            await self._agent.detach(request.volume_id)
+            await self._agent.detach(request.volume_id, force=request.force)
             return agent_pb2.DetachResponse()
 
         return await _answer("Detach", request.volume_id, context, act)

@@ -57,7 +57,13 @@ def add_parser(subcommands: Subcommands) -> None:
     attach = _agent_action(actions, "attach", "attach an image as a device", _attach)
     add_device_options(attach)
     attach.add_argument("volume_id", metavar="VOLUME")
-    _agent_action(actions, "detach", "remove a device", _detach).add_argument("volume_id", metavar="VOLUME")
+    remove = _agent_action(actions, "detach", "remove a device", _detach)
+    remove.add_argument(
+        "--force",
+        action="store_true",
+        help="do not wait for its backend: fail what waits, and take the disk away from its users",
+    )
+    remove.add_argument("volume_id", metavar="VOLUME")
     throttle = _agent_action(actions, "throttle", "change how fast a device may be, at once", _throttle)
     add_throttle_options(throttle)
     throttle.add_argument("volume_id", metavar="VOLUME")
@@ -215,7 +221,7 @@ async def _attach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
 
 
 async def _detach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
-    await agent.detach(options.volume_id)
+    await agent.detach(options.volume_id, force=options.force)
     return []
 
 

@@ -122,7 +122,7 @@ class Worker:
             case "start":
                 self._start(message, fds)
             case "release":
-                return {"released": self._release()}
+                return {"released": self._release(abandon=bool(message.get("abandon")))}
             case "resize":
                 self._device.resize(int(message["capacity_bytes"]))
             case "throttle":
@@ -196,22 +196,26 @@ class Worker:
             event_fd=self._event_fd,
         )
 
-    def _release(self) -> bool:
+    def _release(self, *, abandon: bool) -> bool:
         """Let go of device and backend, with nothing in flight; they are ready for a successor, or a start of ours.
 
-        False if what is in flight does not end in time: then everything goes on as before.
+        False if what is in flight does not end in time: then everything goes on as before. To abandon is to let go
+        of the device whatever is in flight or held; the backend is let go of at the end of the process.
         """
         served = self._device
-        if self._resume_at is not None:
-            raise Pending("the volume's requests are held", hint="retry when its snapshot has been taken")
-        if served.broken:
-            raise FailedPrecondition("the kernel has given the device up", hint="detach the volume")
-        try:
-            served.quiesce()
-        except DeadlineExceeded:
-            return False
+        if not abandon:
+            if self._resume_at is not None:
+                raise Pending("the volume's requests are held", hint="retry when its snapshot has been taken")
+            if served.broken:
+                raise FailedPrecondition("the kernel has given the device up", hint="detach the volume")
+            try:
+                served.quiesce()
+            except DeadlineExceeded:
+                return False
+        self._resume_at = None
         for fd in (served.device.fd, *served.waiting_kick_fds):
-            self._selector.unregister(fd)
+            if fd in self._selector.get_map():
+                self._selector.unregister(fd)
         # Closing is what hands the device over: with the last descriptor the kernel takes back what was not answered.
         served.close()
         served.engine.close()  # and with it the lock on the image falls

@@ -43,6 +43,10 @@ async def detach(agent: Agent) -> None:
     await agent.detach("vol-1")
 
 
+async def force_detach(agent: Agent) -> None:
+    await agent.detach("vol-1", force=True)
+
+
 async def resize(agent: Agent) -> None:
     await agent.resize("vol-1", 64 * MIB)
 
@@ -93,23 +97,30 @@ async def test_killed_in_an_operation_on_a_served_volume_one_worker_serves_it(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("act", [detach, force_detach])
 async def test_killed_in_a_detach_the_next_agent_ends_it_or_serves_the_volume(
-    node: Node, kernel: FakeKernel, workers: FakeWorkers, life: Life, *, after: bool
+    act: Callable[[Agent], Awaitable[None]],
+    node: Node,
+    kernel: FakeKernel,
+    workers: FakeWorkers,
+    life: Life,
+    *,
+    after: bool,
 ):
     counted = Agent(node, exit_code=lambda _: None)
     await counted.attach(SPEC)
     life.doom(None)
-    await counted.detach("vol-1")
+    await act(counted)
     steps = list(life.steps)
     await counted.close()
     for step in range(len(steps)):
-        await _dies_in(detach, node, life, step, after=after)
+        await _dies_in(act, node, life, step, after=after)
         successor = Agent(node, exit_code=lambda _: None)
         await successor.recover()
         if successor.attachments():
             await until(lambda agent=successor: agent.attachments()[0].state is State.ATTACHED)
             assert (await successor.inspect("vol-1")).stats is not None
-            await successor.detach("vol-1")
+            await act(successor)
         assert kernel.devices == {}
         workers.wait_for_none()
         assert not list(node.store.directory.iterdir())
