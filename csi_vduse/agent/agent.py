@@ -24,6 +24,8 @@ from csi_vduse.agent.attach import (
     attach,
     bounce_bytes_of,
     device_spec,
+    set_capacity,
+    set_msg_timeout,
     set_throttle,
     start_worker,
 )
@@ -42,8 +44,9 @@ from csi_vduse.agent.model import (
     device_name,
     stats_from_json,
 )
+from csi_vduse.agent.recovery import Adopt, Destroy, Finish, Forget, Step, observe, plan
 from csi_vduse.agent.revive import Reviver
-from csi_vduse.agent.workers import Worker, find_serving
+from csi_vduse.agent.workers import Worker, end_workers, find_serving
 from csi_vduse.dataplane import backend_spec, versions
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
@@ -65,6 +68,9 @@ _ASK_TIMEOUT_S = 10.0
 _RESIZE_SEEN_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _STOP_TIMEOUT_S = 20.0
+_COLLECT_PAUSE_S = 15.0
+_SHUTDOWN_MSG_TIMEOUT_S = 1
+_HALF_WAY = frozenset({State.ATTACHING, State.DETACHING})
 _MAX_DEFAULT_QUEUES = 4
 # Longer would keep applications waiting beyond what people take for a hang.
 MAX_HOLD_S = 300.0
@@ -93,6 +99,9 @@ class Agent:
         self._broken: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reviver = Reviver(self._serve_again)
+        self._leftovers: set[str] = set()
+        self._collecting: asyncio.Task[None] | None = None
+        self._refusing = ""
         self._leaving = False
         self.left = asyncio.Event()
 
@@ -105,6 +114,22 @@ class Agent:
                 await self._recover(step)
             except VduseError as error:
                 log.get().error("recovery goes on without this", step=str(step), error=str(error))
+        if self._leftovers:
+            self._collecting = asyncio.get_running_loop().create_task(self._collect())
+
+    async def _collect(self) -> None:
+        """Try again to remove what an earlier agent left half-way: nobody else may ask for it any more."""
+        while self._leftovers:
+            await asyncio.sleep(_COLLECT_PAUSE_S)
+            for volume_id in sorted(self._leftovers):
+                with contextlib.suppress(VduseError):
+                    await self._remove_leftover(volume_id)
+
+    async def _remove_leftover(self, volume_id: str) -> None:
+        attachment = self._attachments.get(volume_id)
+        if attachment is not None and attachment.state in _HALF_WAY:
+            await self.detach(volume_id)
+        self._leftovers.discard(volume_id)
 
     async def _recover(self, step: Step) -> None:
         match step:
@@ -114,9 +139,11 @@ class Agent:
                 self._attachments[attachment.volume_id] = attachment
                 await self._find_worker(attachment)
                 self._leftovers.add(attachment.volume_id)
-                await self.detach(attachment.volume_id)
+                await self._remove_leftover(attachment.volume_id)
             case Forget(name):
-                await end_workers(self._node.store.control_path(name), self._node.store.next_control_path(name))
+                await end_workers(
+                    self._node.store.control_path(name), self._node.store.next_control_path(name)
+                )
                 self._node.store.forget(name)
             case Destroy(name):
                 await self._node.kernel.destroy(name)
@@ -127,6 +154,8 @@ class Agent:
         if worker is None:
             self._reviver.worker_died(attachment.volume_id)
             return
+        with contextlib.suppress(VduseError):
+            set_msg_timeout(self._node, attachment.spec)  # a shutdown that did not happen shortened it
         # The last agent may have died between a record and its worker.
         with contextlib.suppress(VduseError):
             await set_throttle(self._node, worker, attachment.spec.throttle)
@@ -153,6 +182,8 @@ class Agent:
             ResourceExhausted: the node has its maximum of volumes.
             Unavailable: attached, but its worker is dead.
         """
+        if self._refusing:
+            raise Unavailable(f"no volume is attached any more: {self._refusing}")
         spec = spec.with_defaults(queues=default_queues())
         device_spec(spec)  # refuses an impossible geometry
         return await self._finish(self._attach(spec))
@@ -273,6 +304,34 @@ class Agent:
         await self._settle_down()
         self.left.set()
 
+    async def shut_down(self, timeout_s: float) -> dict[str, str]:
+        """Prepare for the node's shutdown: see agent.proto. Returns why each volume is still attached, or "".
+
+        timeout_s: for all detaches together; what is not done by then goes on, and counts as attached.
+        """
+        self._refusing = "the node shuts down"
+        volume_ids = sorted(self._attachments)
+        detaching = {
+            volume_id: asyncio.ensure_future(self._finish(self._detach(volume_id, force=False)))
+            for volume_id in volume_ids
+        }
+        for task in detaching.values():
+            task.add_done_callback(self._done)
+        if detaching:
+            await asyncio.wait(detaching.values(), timeout=timeout_s)
+        kept = {}
+        for volume_id, task in detaching.items():
+            error = task.exception() if task.done() else DeadlineExceeded("detaching it takes too long")
+            kept[volume_id] = str(error) if error is not None else ""
+            if error is not None:
+                self._wait_less(volume_id)
+        return kept
+
+    def _wait_less(self, volume_id: str) -> None:
+        """Have the kernel give a device up soon when it asks a worker that is gone: it does for each at shutdown."""
+        with contextlib.suppress(VduseError):
+            self._node.kernel.set_attribute(device_name(volume_id), "msg_timeout", _SHUTDOWN_MSG_TIMEOUT_S)
+
     async def close(self) -> None:
         """Let running operations end, and let go of the workers, which go on serving."""
         await self._settle_down()
@@ -281,6 +340,8 @@ class Agent:
         self._workers.clear()
 
     async def _settle_down(self) -> None:
+        if self._collecting is not None:
+            self._collecting.cancel()
         await self._reviver.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -375,10 +436,7 @@ class Agent:
             grown = replace(attachment, spec=spec)
             self._node.store.save(grown)
             try:
-                await worker.call(
-                    {"op": "resize", "capacity_bytes": capacity_bytes},
-                    timeout_s=self._node.config.step_timeout_s,
-                )
+                await set_capacity(self._node, worker, capacity_bytes)
             except FailedPrecondition:  # it refused: the driver has not heard of it
                 self._node.store.save(attachment)
                 raise
@@ -479,12 +537,13 @@ class Agent:
                 state=State.BROKEN,
                 state_reason="the kernel gave the device up: detach the volume and attach it again",
             )
+        stalled = self._reviver.stalled(volume_id)
         code = self._exit_code(attachment.worker_pid)
         reason = self._reviver.reason(volume_id)
         how = "" if code is None else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
         return replace(
             attachment,
-            state=State.WORKER_DEAD,
+            state=State.STALLED if stalled else State.WORKER_DEAD,
             state_reason=f"worker {attachment.worker_pid} is dead{how}; I/O waits. {reason}".rstrip(),
             worker_pid=0,
         )

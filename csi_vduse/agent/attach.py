@@ -101,11 +101,13 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
 
     Raises:
         AlreadyExists: a device of this name exists that is not ours.
+        DataLoss: there is a record of it that cannot be read, for example of a later release.
         InvalidArgument: impossible geometry.
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
     geometry, name = device_spec(spec), spec.device_name
     check_socket_path(node.store.next_control_path(name))
+    node.store.find(name)  # one that we cannot read is not overwritten
     if node.sysfs.vduse_exists(name) or node.sysfs.vdpa_exists(name):
         raise AlreadyExists(
             f"a device named {name!r} exists that this agent did not make",
@@ -250,16 +252,27 @@ async def set_throttle(node: Node, worker: Worker, limits: Throttle) -> None:
     await worker.call(message, timeout_s=node.config.step_timeout_s)
 
 
+async def set_capacity(node: Node, worker: Worker, capacity_bytes: int) -> None:
+    """Have a worker tell its driver about a capacity; FailedPrecondition if the backend has less."""
+    message = {"op": "resize", "capacity_bytes": capacity_bytes}
+    await worker.call(message, timeout_s=node.config.step_timeout_s)
+
+
 def _log_identity(node: Node, spec: AttachSpec) -> LogIdentity:
     folder = node.sysfs.vduse_dir(spec.device_name)
     return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size)
 
 
-def _tune(node: Node, spec: AttachSpec) -> None:
+def set_msg_timeout(node: Node, spec: AttachSpec) -> None:
+    """Tell the kernel how long it waits for a worker's answer before it gives the device up."""
     virtio = spec.bus is Bus.VIRTIO
     timeout_s = node.config.msg_timeout_s if virtio else node.config.vhost_msg_timeout_s
     node.kernel.set_attribute(spec.device_name, "msg_timeout", timeout_s)
-    if virtio:
+
+
+def _tune(node: Node, spec: AttachSpec) -> None:
+    set_msg_timeout(node, spec)
+    if spec.bus is Bus.VIRTIO:
         node.kernel.set_attribute(spec.device_name, "bounce_size", bounce_bytes_of(spec))
 
 

@@ -100,6 +100,12 @@ class AgentClient:
         answer = await self._call(self._stub.Leave(agent_pb2.LeaveRequest(), timeout=_ACT_TIMEOUT_S))
         return answer.version
 
+    async def shutdown(self, timeout_s: float) -> dict[str, str]:
+        """Prepare for the node's shutdown; return why each volume is still attached, empty if it is not."""
+        request = agent_pb2.ShutdownRequest(timeout_s=timeout_s)
+        answer = await self._call(self._stub.Shutdown(request, timeout=timeout_s + _ASK_TIMEOUT_S))
+        return {each.volume_id: each.kept for each in answer.volumes}
+
     async def stats(self) -> list[VolumeStats]:  # type: ignore[valid-type]  # `list` is a method here
         """Return the counters of all workers."""
         answer = await self._call(self._stub.GetStats(agent_pb2.GetStatsRequest(), timeout=_ASK_TIMEOUT_S))

@@ -46,7 +46,8 @@ class State(StrEnum):
     ATTACHING = "attaching"
     ATTACHED = "attached"
     DETACHING = "detaching"
-    WORKER_DEAD = "worker_dead"
+    WORKER_DEAD = "worker_dead"  # I/O waits; another one is being started
+    STALLED = "stalled"  # the same, and starting one has not helped for long, or cannot help
     BROKEN = "broken"
 
 

@@ -36,6 +36,7 @@ class Reviver:
         self._serves_since: dict[str, float] = {}
         self._died_again: set[str] = set()
         self._reasons: dict[str, str] = {}
+        self._hopeless: set[str] = set()
 
     def worker_died(self, volume_id: str) -> None:
         """Begin to look for another worker, unless somebody does already."""
@@ -52,10 +53,15 @@ class Reviver:
         """Return what keeps a volume without a worker, for people."""
         return self._reasons.get(volume_id, "")
 
+    def stalled(self, volume_id: str) -> bool:
+        """Whether a volume has no worker although everything short of the longest pause was tried, or none can help."""
+        return volume_id in self._hopeless or self._deaths.get(volume_id, 0) >= len(DELAYS_S)
+
     def forget(self, volume_id: str) -> None:
         """Forget a volume that is no longer attached."""
         for known in (self._deaths, self._serves_since, self._reasons):
             known.pop(volume_id, None)
+        self._hopeless.discard(volume_id)
 
     async def stop(self, volume_id: str) -> None:
         """Stop looking for a worker for one volume; what was begun is undone."""
@@ -80,6 +86,7 @@ class Reviver:
 
     async def _attempt(self, volume_id: str) -> bool:
         """Try once, after the pause that is due; returns whether that is all that can be done."""
+        self._hopeless.discard(volume_id)
         attempt = self._deaths.get(volume_id, 0)
         self._deaths[volume_id] = attempt + 1
         await asyncio.sleep(DELAYS_S[min(attempt, len(DELAYS_S) - 1)])
@@ -87,6 +94,7 @@ class Reviver:
             await self._start_when_free(volume_id)
         except (DataLoss, DeviceBroken) as error:
             self._reasons[volume_id] = str(error)
+            self._hopeless.add(volume_id)
             log.get().error("a volume cannot be served again", volume_id=volume_id, error=str(error))
         except VduseError as error:
             self._reasons[volume_id] = str(error)

@@ -134,6 +134,20 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
 
         return await _answer("Leave", "", context, act)
 
+    async def Shutdown(
+        self, request: agent_pb2.ShutdownRequest, context: Context
+    ) -> agent_pb2.ShutdownResponse:
+        """See agent.proto."""
+
+        async def act() -> agent_pb2.ShutdownResponse:
+            kept = await self._agent.shut_down(request.timeout_s)
+            outcomes = [
+                agent_pb2.ShutdownOutcome(volume_id=volume_id, kept=why) for volume_id, why in kept.items()
+            ]
+            return agent_pb2.ShutdownResponse(volumes=outcomes)
+
+        return await _answer("Shutdown", "", context, act)
+
     async def GetStats(
         self, request: agent_pb2.GetStatsRequest, context: Context
     ) -> agent_pb2.GetStatsResponse:

@@ -234,6 +234,13 @@ async def find_serving(control_path: Path, next_control_path: Path) -> Worker | 
     return serving[0]
 
 
+async def end_workers(*listen_paths: Path) -> None:
+    """End whoever listens at these paths; DeadlineExceeded if one is stuck in the kernel."""
+    for path in listen_paths:
+        if (worker := await find_worker(path)) is not None:
+            await worker.kill()
+
+
 async def find_worker(listen_path: Path) -> Worker | None:
     """Return the living worker that serves at `listen_path`, left by an earlier agent, or None.
 

@@ -84,6 +84,11 @@ class AgentStub:
                 request_serializer=agent__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=agent__pb2.LeaveResponse.FromString,
                 _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/csi_vduse.agent.v1.Agent/Shutdown',
+                request_serializer=agent__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=agent__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/csi_vduse.agent.v1.Agent/GetStats',
                 request_serializer=agent__pb2.GetStatsRequest.SerializeToString,
@@ -171,6 +176,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Shutdown(self, request, context):
+        """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+        may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Counters of all workers, for metrics.
         """
@@ -236,6 +249,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=agent__pb2.LeaveRequest.FromString,
                     response_serializer=agent__pb2.LeaveResponse.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=agent__pb2.ShutdownRequest.FromString,
+                    response_serializer=agent__pb2.ShutdownResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -518,6 +536,33 @@ class Agent:
             '/csi_vduse.agent.v1.Agent/Leave',
             agent__pb2.LeaveRequest.SerializeToString,
             agent__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi_vduse.agent.v1.Agent/Shutdown',
+            agent__pb2.ShutdownRequest.SerializeToString,
+            agent__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

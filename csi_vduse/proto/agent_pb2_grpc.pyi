@@ -59,6 +59,10 @@ class AgentStub:
     """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
     its run directory and socket. Workers go on serving.
     """
+    Shutdown: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ShutdownRequest, _agent_pb2.ShutdownResponse]
+    """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+    may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+    """
     GetStats: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetStatsRequest, _agent_pb2.GetStatsResponse]
     """Counters of all workers, for metrics."""
     Probe: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ProbeRequest, _agent_pb2.ProbeResponse]
@@ -91,6 +95,10 @@ class AgentAsyncStub(AgentStub):
     Leave: _aio.UnaryUnaryMultiCallable[_agent_pb2.LeaveRequest, _agent_pb2.LeaveResponse]  # type: ignore[assignment]
     """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
     its run directory and socket. Workers go on serving.
+    """
+    Shutdown: _aio.UnaryUnaryMultiCallable[_agent_pb2.ShutdownRequest, _agent_pb2.ShutdownResponse]  # type: ignore[assignment]
+    """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+    may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
     """
     GetStats: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetStatsRequest, _agent_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Counters of all workers, for metrics."""
@@ -181,6 +189,16 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_agent_pb2.LeaveResponse, _abc.Awaitable[_agent_pb2.LeaveResponse]]:
         """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
         its run directory and socket. Workers go on serving.
+        """
+
+    @_abc_1.abstractmethod
+    def Shutdown(
+        self,
+        request: _agent_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ShutdownResponse, _abc.Awaitable[_agent_pb2.ShutdownResponse]]:
+        """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+        may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
         """
 
     @_abc_1.abstractmethod

@@ -199,6 +199,7 @@ async def test_a_log_that_is_not_the_devices_stops_recovery_and_says_so(agent, w
     await until(lambda: "not of this device" in agent.attachments()[0].state_reason)
     await asyncio.sleep(0.5)
     assert len(workers.processes) == 2  # no guess, and no storm either
+    assert agent.attachments()[0].state is State.STALLED
 
 
 async def test_a_worker_that_dies_while_the_disk_is_bound_is_replaced(agent, kernel, workers):

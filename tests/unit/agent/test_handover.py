@@ -157,6 +157,7 @@ async def test_a_volume_without_a_worker_cannot_be_handed_over(agent: Agent, wor
     await agent.attach(SPEC)
     workers.fault = "foreign log"
     workers.processes[0].kill()
+    await until(lambda: agent.attachments()[0].state is State.STALLED)
     await until(lambda: "not of this device" in agent.attachments()[0].state_reason)
     with pytest.raises(Unavailable, match="replaced by itself"):
         await agent.handover("vol-1")

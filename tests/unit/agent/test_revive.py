@@ -63,6 +63,7 @@ async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
     reviver = Reviver(start)
     for _ in range(10):
         reviver.worker_died("vol")
+        assert reviver.stalled("vol") == (len(pauses) >= len(revive.DELAYS_S))
         await ended(reviver)
     assert pauses == [*revive.DELAYS_S, 30.0, 30.0]
 
@@ -91,6 +92,7 @@ async def test_what_cannot_be_started_is_tried_again_and_a_log_that_does_not_fit
     await ended(reviver)
     assert errors == []
     assert "no log of ours" in reviver.reason("vol")
+    assert reviver.stalled("vol")
 
 
 async def test_nobody_looks_for_a_worker_after_a_stop(pauses: list[float]):
