@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -66,24 +66,30 @@ def test_the_old_worker_goes_on_when_the_new_one_cannot_serve(shared: RunningAge
         detach(shared)
 
 
-def test_the_old_worker_takes_the_device_back_when_the_new_one_dies(shared: RunningAgent, image: Path):
-    """The new worker is stopped once it listens, so the handover gets stuck at its start, and then killed."""
+def test_killing_the_new_worker_at_any_moment_leaves_one_that_serves(shared: RunningAgent, image: Path):
+    """The old one goes on or takes the device back; the new one, if it served already, is revived as any."""
     with leaves_nothing(shared):
         path = attach(shared, image).path
-        before = inspect(shared).attachment.worker_pid
         with verified_writing(path, "--ioengine=libaio", "--iodepth=8"):
-            wait_until(lambda: writes(shared) > 50, "writing")
-            call = shared.stub.Handover.future(
-                agent_pb2.HandoverRequest(volume_id="vol-0123456789abcdef"), timeout=CALL_TIMEOUT_S
-            )
-            newcomer = _youngest_worker(shared, but=before)
-            wait_until(lambda: not _has_device_open(before), "release of the device")
-            kill(newcomer)
-            with pytest.raises(grpc.RpcError):
-                call.result()
-            assert inspect(shared).attachment.worker_pid in (before, 0)
-            wait_until(lambda: inspect(shared).attachment.state == agent_pb2.STATE_ATTACHED, "return")
-            wait_until(lambda: writes(shared) > 0, "writing")
+            for delay_s in (0.0, 0.05, 0.1, 0.2, 0.4):
+                wait_until(lambda: writes(shared) > 50, "writing")
+                before = inspect(shared).attachment.worker_pid
+                call = shared.stub.Handover.future(
+                    agent_pb2.HandoverRequest(volume_id="vol-0123456789abcdef"), timeout=CALL_TIMEOUT_S
+                )
+                newcomer = _youngest_worker(shared, but=before)
+                time.sleep(delay_s)  # moments of a handover, not a condition
+                kill(newcomer)
+                with contextlib.suppress(grpc.RpcError):
+                    call.result()
+                wait_until(
+                    lambda newcomer=newcomer: (
+                        inspect(shared).attachment.worker_pid not in (0, newcomer)
+                        and inspect(shared).attachment.state == agent_pb2.STATE_ATTACHED
+                    ),
+                    "service",
+                )
+                assert len(worker_sockets(shared)) == 1
         detach(shared)
 
 
@@ -129,8 +135,3 @@ def _youngest_worker(agent: RunningAgent, *, but: int) -> int:
 
     wait_until(appeared, "new worker")
     return found[-1]
-
-
-def _has_device_open(pid: int) -> bool:
-    listing = subprocess.run(["ls", "-l", f"/proc/{pid}/fd"], capture_output=True, text=True, check=False)
-    return "/dev/vduse/" in listing.stdout
