@@ -89,7 +89,7 @@ def test_killing_the_new_worker_at_any_moment_leaves_one_that_serves(shared: Run
                     ),
                     "service",
                 )
-                assert len(worker_sockets(shared)) == 1
+                wait_until(lambda: len(worker_sockets(shared)) == 1, "end of the other worker")
         detach(shared)
 
 
