@@ -7,8 +7,8 @@ fetching ended → it listens where workers of this device do → the old one en
 Kept true:
 - What is slow comes before the old worker stops. The application waits for the drain and for one start.
 - The device is closed and opened again, its descriptor is never passed on: with the last close the kernel takes
-  back messages that were read and not answered, and a copy left with the old worker would stop that (the trap of
-  references to one opening; vduse_dev_release in vduse_dev.c).
+  back messages that were read and not answered, and a copy left with the old worker would stop that
+  (vduse_dev_release in drivers/vdpa/vdpa_user/vduse_dev.c).
 - Until the new worker serves, the old one can go on, and does if the new one fails.
 - Killed at any point, we leave one worker that serves or none: idle ones end with our connection to them. A worker
   that serves under the new path only is found there by the next agent.
@@ -55,9 +55,9 @@ async def handover(node: Node, attachment: Attachment, old: Worker) -> tuple[Wor
                 of_the_old.push_async_callback(_go_on, node, attachment, old)
             await serve(node, spec, new, resume=True, limits=spec.throttle)
             pause_s = time.monotonic() - began
+            new.listen_at(node.store.control_path(name))
             undo.pop_all()
         of_the_old.pop_all()
-    new.listen_at(node.store.control_path(name))
     return new, pause_s
 
 

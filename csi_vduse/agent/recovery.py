@@ -1,7 +1,7 @@
 """What an agent does when it starts: look at what earlier ones left, plan, carry the plan out.
 
-`observe` reads records, sysfs and sockets, `plan` decides (pure: tests/unit/agent/test_recovery.py is its table), the
-agent acts (`Agent.recover`). `csi-vduse doctor --plan` prints the plan and does nothing.
+`observe` reads records, sysfs and sockets, `plan` decides (pure; its table is tests/unit/agent/test_recovery_plan.py),
+recover.py acts. `csi-vduse doctor --plan` prints the plan and does nothing.
 
 Kept true:
 - Everything that is ours is named by a record, or is collected: nothing leaks. What may be somebody else's, or is

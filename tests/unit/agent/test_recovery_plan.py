@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from csi_vduse.agent import agent as agent_module
+from csi_vduse.agent import recover
 from csi_vduse.agent.agent import Agent
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.model import Attachment, AttachSpec, State
@@ -114,7 +114,8 @@ async def test_nothing_of_an_earlier_boot_is_believed(agent: Agent, kernel: Fake
 async def test_what_could_not_be_finished_at_the_start_is_tried_again(
     agent: Agent, kernel: FakeKernel, node: Node, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(agent_module, "_COLLECT_PAUSE_S", 0.05)
+    monkeypatch.setattr(recover, "COLLECT_PAUSE_S", 0.05)
+    monkeypatch.setattr(recover, "_FINISH_AT_ONCE_S", 0.01)
     await kernel.create(DeviceSpec(name="vol-1", capacity_bytes=64 * MIB))
     node.store.save(replace(ATTACHED, state=State.ATTACHING))
     kernel.fail["destroy"] = VduseError("busy")
