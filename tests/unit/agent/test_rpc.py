@@ -101,6 +101,28 @@ async def test_the_command_line_changes_the_limits_that_are_named_and_shows_late
     assert shown["read"]["p50_us"] == pytest.approx(0.2, abs=0.05)
 
 
+async def test_the_command_line_hands_volumes_over_forces_them_off_and_prepares_for_shutdown(
+    client, tmp_path: Path
+):
+    async def run(*argv: str) -> tuple[int, list[dict[str, Any]]]:
+        program = [sys.executable, "-c", "from csi_vduse.cli.main import main; raise SystemExit(main())"]
+        words = [*argv, "--run-dir", str(tmp_path), "--output", "json"]
+        ran = await asyncio.create_subprocess_exec(*program, *words, stdout=subprocess.PIPE)
+        output, _ = await ran.communicate()
+        return ran.returncode or 0, json.loads(output)
+
+    before = await client.attach(SPEC)
+    code, (row,) = await run("upgrade")
+    assert (code, row["volume"], row["problem"]) == (0, "vol-1", "")
+    assert str(before.worker_pid) in row["old_worker"]
+    assert str((await client.list())[0].worker_pid) in row["worker"]
+    assert (await run("upgrade", "--volume", "vol-9")) == (1, [])
+    assert await run("volume", "detach", "--force", "vol-1") == (0, [])
+    await client.attach(SPEC)
+    assert await run("shutdown") == (0, [{"volume": "vol-1", "kept": ""}])
+    assert await client.list() == []
+
+
 async def test_errors_arrive_as_the_classes_they_were(client):
     with pytest.raises(NotFound, match="vol-9 is not attached"):
         await client.inspect("vol-9")
