@@ -43,6 +43,7 @@ from csi_vduse.agent.model import (
     stats_from_json,
 )
 from csi_vduse.agent.recover import Recovery
+from csi_vduse.agent.watchdog import Watchdog
 from csi_vduse.dataplane import backend_spec, versions
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
@@ -87,6 +88,7 @@ class Agent:
         self._volumes = Attachments(node, exit_code=exit_code)
         self._recovery = Recovery(node, self._volumes, self.detach)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._watchdog: Watchdog | None = None
         self._refusing = ""
         self._leaving = False
         self.left = asyncio.Event()
@@ -94,6 +96,10 @@ class Agent:
     async def recover(self) -> None:
         """Take over what earlier agents left; see recover.py."""
         await self._recovery.run()
+
+    def watch(self) -> None:
+        """End workers that do not answer, from now on; see watchdog.py."""
+        self._watchdog = Watchdog(self._volumes)
 
     async def attach(self, spec: AttachSpec) -> Attachment:
         """Attach a volume; returns the existing attachment if it is the one asked for.
@@ -264,6 +270,8 @@ class Agent:
 
     async def _settle_down(self) -> None:
         self._recovery.close()
+        if self._watchdog is not None:
+            await self._watchdog.close()
         await self._volumes.reviver.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -81,6 +81,7 @@ async def _serve(config: AgentConfig, spawner_socket: socket.socket, companion: 
         agent = Agent(node, exit_code=spawner.exit_code)
         stack.push_async_callback(agent.close)
         await agent.recover()
+        agent.watch()
         server = await start_server(agent, config.socket_path)
         stack.push_async_callback(server.stop, _GRACE_S)
         if config.metrics_address is not None:

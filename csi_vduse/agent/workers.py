@@ -100,6 +100,10 @@ class Worker:
                 return
         await self.kill()
 
+    def shoot(self) -> None:
+        """Kill the worker; its death is seen as any."""
+        self._watch.signal(signal.SIGKILL)
+
     async def kill(self) -> None:
         """Kill the worker and wait for its end, after which it holds no descriptor any more.
 
