@@ -254,6 +254,9 @@ async def find_worker(listen_path: Path) -> Worker | None:
         sock, pid = connect(str(listen_path))
     except Unavailable:
         return None
+    except DeadlineExceeded as error:
+        log.get().error("a worker cannot be asked who it is; end it by hand", error=str(error))
+        return None
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:

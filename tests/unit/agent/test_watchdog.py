@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from csi_vduse.agent import watchdog
 from csi_vduse.agent.agent import Agent
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.model import AttachSpec, State
+from csi_vduse.agent.watch import connect
 from csi_vduse.dataplane.backend_spec import FileBackend
 from csi_vduse.dataplane.served import DRAIN_TIMEOUT_S
+from csi_vduse.errors import DeadlineExceeded
 from tests.unit.agent.test_agent import until
 from tests.unit.fakes.worker import FakeWorkers
 
@@ -51,3 +55,13 @@ def test_what_a_healthy_worker_may_be_busy_with_and_what_the_kernel_waits_leave_
     longest_s = watchdog.PAUSE_S + watchdog.ANSWER_TIMEOUT_S
     assert 2 * DRAIN_TIMEOUT_S < watchdog.ANSWER_TIMEOUT_S
     assert longest_s < node.config.msg_timeout_s - 10
+
+
+def test_a_worker_that_accepts_nobody_does_not_keep_the_agent_waiting(tmp_path: Path):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        waiting.enter_context(connect(path)[0])
+        with pytest.raises(DeadlineExceeded, match="accepts no connections"):
+            connect(path)
