@@ -124,7 +124,9 @@ class Attachments:
         with contextlib.suppress(VduseError):
             await set_throttle(self._node, worker, attachment.spec.throttle)
         with contextlib.suppress(VduseError):
-            await set_capacity(self._node, worker, attachment.spec.capacity_bytes)
+            stats = await worker.call({"op": "stats"}, timeout_s=ASK_TIMEOUT_S)
+            if stats.get("capacity_bytes") != attachment.spec.capacity_bytes:
+                await set_capacity(self._node, worker, attachment.spec.capacity_bytes)
 
     async def _serve_again(self, volume_id: str) -> None:
         """Start another worker for a volume whose worker died; see Reviver."""

@@ -51,9 +51,7 @@ class Release(RunningAgent):
 def release(own: RunningAgent, directory: Path, version: str) -> Release:
     """A copy of the package that calls itself another version and uses the run directory of `own`."""
     package = directory / version / "csi_vduse"
-    shutil.copytree(
-        Path(csi_vduse.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "src")
-    )
+    shutil.copytree(Path(csi_vduse.__file__).parent, package, ignore=shutil.ignore_patterns("src"))
     init = package / "__init__.py"
     init.write_text(re.sub(r'__version__ = ".*"', f'__version__ = "{version}"', init.read_text()))
     return Release(own.directory, package_dir=package.parent)

@@ -79,7 +79,13 @@ def _answer(message: dict[str, Any], fault: str, *, started: bool) -> dict[str, 
     if error is not None and message.get("backend") != {"kind": "error"}:  # which needs no image
         return channel.error_answer(error)
     answers = {
-        "stats": {"operations": [_READ], "in_flight": 2, "features": 7, "device_status": 15},
+        "stats": {
+            "operations": [_READ],
+            "in_flight": 2,
+            "features": 7,
+            "device_status": 15,
+            "capacity_bytes": 64 << 20,
+        },
         "release": {"released": fault != "slow" or message.get("abandon", False)},
     }
     return {"ok": True, **answers.get(operation, {})}
