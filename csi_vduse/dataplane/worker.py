@@ -152,9 +152,8 @@ class Worker:
         """Do of a start with a log what can be done while another worker serves the device: check, and warm up."""
         (log_fd,) = fds
         InflightLog(log_fd, LogIdentity(**message["inflight"]))
-        with contextlib.suppress(
-            Unavailable
-        ):  # whoever serves the device holds the backend; that it is there counts
+        # Whoever serves the device holds the backend: what counts is that it is there.
+        with contextlib.suppress(Unavailable):
             self._engine(message).close()
         # A worker shares its pages with the spawner until it writes to them: what a start copies is copied now.
         self._engine({**message, "backend": backend_spec.to_json(NullBackend())}).close()
