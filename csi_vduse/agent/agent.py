@@ -220,11 +220,12 @@ class Agent:
         return Probe(__version__, not problems, tuple(problems), self._max_volumes)
 
     def workers_of_other_programs(self) -> list[str]:
-        """Volumes whose living worker was not forked from where we were: their worker can end without ours."""
+        """Volumes whose living worker was not forked from where we were: it can end without ours. Not broken ones."""
         return sorted(
             volume_id
             for volume_id, worker in self._volumes.workers.items()
-            if worker.hello is None or worker.hello.image != versions.IMAGE
+            if (worker.hello is None or worker.hello.image != versions.IMAGE)
+            and volume_id not in self._volumes.broken
         )
 
     async def leave(self) -> None:

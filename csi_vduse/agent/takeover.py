@@ -58,6 +58,7 @@ async def only_agent(config: AgentConfig) -> AsyncIterator[None]:
 async def hand_over_workers(agent: Agent) -> list[str]:
     """Hand over all workers that are not of our spawner; return the volumes for which it did not work in time."""
     deadline = time.monotonic() + HANDOVERS_TIMEOUT_S
+    await agent.stats()  # and so we know whose device is broken: nobody can serve that one any better
     total = len(agent.workers_of_other_programs())
     while left := agent.workers_of_other_programs():
         for volume_id in left:

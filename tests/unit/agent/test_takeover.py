@@ -99,6 +99,21 @@ async def test_every_worker_of_another_program_is_handed_over(node: Node, worker
     await successor.close()
 
 
+async def test_a_broken_device_does_not_keep_the_next_agent_from_being_ready(
+    node: Node, workers: FakeWorkers
+):
+    workers.fault = "broken"
+    old = Agent(node, exit_code=lambda _: None)
+    await old.attach(SPEC)
+    await old.close()
+    successor = Agent(node, exit_code=lambda _: None)
+    await successor.recover()
+    assert await hand_over_workers(successor) == []
+    assert successor.attachments()[0].state is State.BROKEN
+    assert len(workers.processes) == 1
+    await successor.close()
+
+
 async def test_a_worker_that_cannot_be_handed_over_serves_on_and_is_tried_again(
     node: Node, workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,10 +1,10 @@
 """A worker process that serves nothing: `python worker.py FD LISTEN_PATH [FAULT]`, and a source of those.
 
 It speaks the real channel, keeps the device that it is given open until it is to release it, ends on "stop", and, when
-it serves nothing, with any of its connections, as the real one does (tests/vm/test_handover.py). Faults: "refuse"
-(start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute" (never
-answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain), "stuck" (never
-answers release), "ancient" (of a protocol without handover).
+it serves nothing, with any of its connections, as the real one does (tests/unit/dataplane/test_worker.py). Faults:
+"refuse" (start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute"
+(never answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain), "stuck"
+(never answers release), "broken" (its device is), "ancient" (of a protocol without handover).
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _answer(message: dict[str, Any], fault: str, *, started: bool) -> dict[str, 
         return channel.error_answer(error)
     answers = {
         "stats": {
+            "broken": fault == "broken",
             "operations": [_READ],
             "in_flight": 2,
             "features": 7,
