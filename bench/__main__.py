@@ -20,7 +20,8 @@ from bench import report, results
 from lab.errors import LabError
 from lab.machine import Machine
 
-VM_PARTS = ("vm", "scale")
+VM_PARTS = ("vm", "scale", "pause")
+EVENTS, QUICK_EVENTS = 100, 2
 _PART_S = 2400.0
 
 
@@ -36,6 +37,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the image is made (default: a tmpfs)")
     parser.add_argument(
         "--publish", action="store_true", help="report: into docs/, instead of the results folder"
+    )
+    parser.add_argument("--events", type=int, help=f"pause parts: how many of each event (default: {EVENTS})")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="pause parts: only events with one of these words (A,B) in their name; the figures of others stay",
     )
     parser.add_argument("--name", default="bench", help="of the machine that is booted")
     options = parser.parse_args()
@@ -69,6 +76,8 @@ def _do(part: str, options: argparse.Namespace) -> None:
 def _in_a_machine(part: str, options: argparse.Namespace) -> None:
     argv = [sys.executable, "-m", "bench", part, *(["--quick"] if options.quick else [])]
     argv += ["--folder", str(options.folder)] if options.folder else []
+    argv += ["--events", str(options.events)] if options.events else []
+    argv += ["--only", options.only] if options.only else []
     busy = f"{os.getloadavg()[0]:.2f}"  # a guest cannot see what else its host does
     with Machine(options.name) as machine:
         code = machine.stream(argv, timeout_s=_PART_S, env={"LAB_HOST_LOAD": busy})
@@ -94,9 +103,24 @@ def _measure(part: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
         from bench import instructions  # noqa: PLC0415 - see above
 
         return lambda _options: instructions.measure()
+    if part in {"pause", "pause-native"}:
+        return _pauses(part)
     from bench import scale  # noqa: PLC0415 - see above
 
     return lambda options: scale.measure((1, 3) if options.quick else scale.VOLUMES)
+
+
+def _pauses(part: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    def count(options: argparse.Namespace) -> int:
+        return int(options.events or (QUICK_EVENTS if options.quick else EVENTS))
+
+    if part == "pause":
+        from bench import pause_vm, vm  # noqa: PLC0415 - see above
+
+        return lambda options: pause_vm.measure(count(options), options.only, options.folder or vm.SCRATCH)
+    from bench import pause_native  # noqa: PLC0415 - see above
+
+    return lambda options: pause_native.measure(count(options), options.only)
 
 
 if __name__ == "__main__":

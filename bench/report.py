@@ -7,12 +7,12 @@ docs/performance/, and nothing outside them is touched; void figures (--quick) a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import pause, plots
 from bench.results import OURS, PARTS, Missing, Run, folder, load, median, missing_of, runs_of
 from bench.targets import TARGETS, Figures
 from lab.paths import CHECKOUT
@@ -36,7 +36,7 @@ _CPU = _Measure("microseconds of CPU per request", lambda run: run.cpu_us)
 
 
 def write(*, publish: bool) -> Path:
-    """Make the report of what was measured; returns its path.
+    """Make the report of what was measured; returns its path. Parts not measured since stay as they were published.
 
     Raises RuntimeError when nothing was measured, or void figures are to be published.
     """
@@ -48,6 +48,7 @@ def write(*, publish: bool) -> Path:
         if void := [part for part, each in figures.items() if each and each.get("quick")]:
             raise RuntimeError(f"the figures of {', '.join(void)} are of a --quick run: void")
         where = PUBLISHED
+        figures = {part: each or load(part, PUBLISHED) for part, each in figures.items()}
     where.mkdir(parents=True, exist_ok=True)
     links = "performance/" if publish else ""
     text, drawings = make(figures, links)
@@ -82,6 +83,8 @@ def make(figures: Figures, links: str) -> tuple[str, dict[str, str]]:
         text += _vm(figures.get("vm"), kind, drawings)
     text += _native(figures.get("native"), drawings)
     text += _instructions(figures.get("instructions")) + _scale(figures.get("scale"), drawings)
+    for part, where, bounds_ms in _PAUSES:
+        text += _pauses(figures.get(part), part, where, bounds_ms, drawings)
     text += _missing([each for part in figures.values() for each in missing_of(part)])
     return text + _conditions(figures), drawings.made
 
@@ -220,6 +223,57 @@ def _scale(part: dict[str, Any] | None, drawings: _Drawings) -> str:
     ]
     title = "Memory of a worker"
     return text + drawings.add("scale", title, "MiB", plots.bars(title, "MiB", groups, series))
+
+
+# Where pauses are measured, and the targets of issue 5: the most that p99 may be.
+_PAUSES: tuple[tuple[str, str, Mapping[str, float]], ...] = (
+    ("pause-native", "native, vhost-user", {pause.KILL: 300.0, pause.HANDOVER: 50.0}),
+    ("pause", "in the VM", {pause.KILL: 3000.0, pause.HANDOVER: 1000.0}),
+)
+_UNHURT = (pause.AGENT_KILL, pause.UPGRADE)
+
+
+def _pauses(
+    part: dict[str, Any] | None, name: str, where: str, bounds_ms: Mapping[str, float], drawings: _Drawings
+) -> str:
+    series = pause.series_of(part)
+    if not series:
+        return ""
+    calm = {each.volumes: each.pauses_ms for each in series if each.event == pause.NOTHING}
+    rows = []
+    for each in series:
+        middle, high, most = pause.median_p99_max(each.pauses_ms)
+        target = _pause_verdict(each, bounds_ms, calm.get(each.volumes, ()))
+        rows.append(
+            [
+                each.event,
+                str(each.volumes),
+                *map(number, (middle, high, most)),
+                str(len(each.pauses_ms)),
+                target,
+            ]
+        )
+    title = f"Pauses, {where}"
+    text = f"### {title}\n\nThe longest time in which no write came back, per event, in ms. Each event hits all the "
+    text += "volumes; the writer is on the one that was started last.\n\n"
+    text += table(["event", "volumes", "median", "p99", "max", "events", "target"], rows)
+    for volumes in dict.fromkeys(each.volumes for each in series):
+        chosen = [(each.event, each.pauses_ms) for each in series if each.volumes == volumes]
+        head = f"{title}, volumes: {volumes}"
+        text += drawings.add(f"{name}-{volumes}", head, "ms", plots.distribution(head, "ms", chosen))
+    return text
+
+
+def _pause_verdict(series: pause.Series, bounds_ms: Mapping[str, float], calm_ms: Sequence[float]) -> str:
+    _, high, _ = pause.median_p99_max(series.pauses_ms)
+    if series.event in bounds_ms:
+        bound = bounds_ms[series.event]
+        return f"p99 at most {number(bound)}: {'met' if high <= bound else '**lost**'}"
+    if series.event in _UNHURT and calm_ms:
+        # No pause of its own: what is left is the machine's, which has its pauses without any event.
+        middle, (_, calm_high, _) = pause.median_p99_max(series.pauses_ms)[0], pause.median_p99_max(calm_ms)
+        return f"median within what is normal: {'met' if middle <= calm_high else '**lost**'}"
+    return ""
 
 
 def _missing(missing: Sequence[Missing]) -> str:

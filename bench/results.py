@@ -18,7 +18,7 @@ from typing import Any
 
 from lab.paths import results_dir
 
-PARTS = ("vm", "native", "instructions", "scale")
+PARTS = ("vm", "native", "instructions", "scale", "pause-native", "pause")
 OURS = "csi-vduse"
 QSD = "qemu-storage-daemon"
 

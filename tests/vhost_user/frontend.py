@@ -97,7 +97,8 @@ class Frontend:
         self.send(request, payload, fds, flags=1 | 8)
         answered, reply = self.receive()
         assert answered == request
-        return struct.unpack("=Q", reply)[0] == 0
+        (status,) = struct.unpack("=Q", reply)
+        return bool(status == 0)
 
     def _exactly(self, count: int) -> bytes:
         data = b""
