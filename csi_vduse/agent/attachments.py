@@ -32,6 +32,9 @@ class Attachments:
         self.workers: dict[str, Worker] = {}
         self.busy: set[str] = set()
         self.broken: set[str] = set()
+        self._waits: dict[
+            str, str
+        ] = {}  # what requests wait for, as the workers said when they were last asked
         self.reviver = Reviver(self._serve_again)
 
     def require(self, volume_id: str) -> Attachment:
@@ -55,6 +58,7 @@ class Attachments:
                 attachment,
                 worker_pid=worker.pid if worker is not None else 0,
                 worker_version=hello.version if hello is not None else "",
+                state_reason=(lives and self._waits.get(volume_id)) or attachment.state_reason,
             )
         if volume_id in self.broken:
             return replace(
@@ -95,6 +99,7 @@ class Attachments:
             self.reviver.worker_died(volume_id)
 
         self.workers[volume_id] = worker
+        self._waits.pop(volume_id, None)
         worker.on_exit = ended
         if not worker.alive:
             ended(worker)
@@ -160,6 +165,7 @@ class Attachments:
         except VduseError as error:
             log.get().warning("a worker does not answer", volume_id=volume_id, error=str(error))
             return None
+        self._waits[volume_id] = str(answer.get("waiting", ""))
         if answer.get("broken") and volume_id not in self.broken:
             self.broken.add(volume_id)
             log.get().error("the kernel gave a device up", volume_id=volume_id)

@@ -68,11 +68,17 @@ class QueueAddress:
     inflight: mmap.mmap | memoryview | None = None
 
 
+# For how long a backend that fails everything (EIO) is taken for one that may come back. One that is full (ENOSPC) is
+# waited for without end.
+AWAY_S: Final = 30.0
+
+
 @dataclass(frozen=True)
 class Failure:
-    """The newest failed request: how many failed so far, and what happened to the last."""
+    """The newest request that failed or has to wait: how many of each there were so far, and what happened to it."""
 
     count: int
+    waits: int
     operation: str
     offset_bytes: int
     error: str
@@ -143,6 +149,7 @@ class Engine:
                 "serial": strings[0],
                 "backend": strings[1],
                 "path": strings[2],
+                "away_ms": round(AWAY_S * 1000),
             },
         )
         engine = ffi.new("struct vd_engine **")
@@ -237,18 +244,23 @@ class Engine:
         lib.vd_queue_state(self._engine, index, state)
         return int(state[0])
 
+    def waiting(self) -> int:
+        """Return how many requests wait for a backend that is full or away."""
+        return sum(int(each.waiting) for each in self._stats())
+
     def faults(self) -> dict[int, str]:
         """Return the queues that wait for a reset, and why."""
         return {i: FAULTS[s.fault] for i, s in enumerate(self._stats()) if s.fault}
 
     def failure(self) -> Failure | None:
-        """Return the newest failed request, if any ever failed."""
+        """Return the newest request that failed or has to wait for its backend, if there ever was one."""
         failure = ffi.new("struct vd_failure *")
         lib.vd_engine_failure(self._engine, failure)
-        if not failure.count:
+        if not failure.count and not failure.waits:
             return None
         return Failure(
             int(failure.count),
+            int(failure.waits),
             OPERATIONS[failure.operation],
             int(failure.offset_bytes),
             errno.errorcode.get(failure.error, str(failure.error)),

@@ -171,8 +171,18 @@ class ServedDevice:
             "device_status": self.status,
             "capacity_bytes": self.capacity_bytes,
             "broken": self.broken,
+            "waiting": self._waiting(),
             "faults": {str(queue): fault for queue, fault in self.engine.faults().items()},
         }
+
+    def _waiting(self) -> str:
+        """What requests wait for, in words; empty if none does."""
+        count, newest = self.engine.waiting(), self.engine.failure()
+        if not count or newest is None:
+            return ""
+        return (
+            f"{count} requests wait for the backend: the last {newest.operation} failed with {newest.error}"
+        )
 
     def close(self) -> None:
         """Stop all queues and close the device; it stays on the bus until somebody removes it."""

@@ -26,6 +26,7 @@ from csi_vduse.dataplane import backend_spec, channel, throttle, versions
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
+from csi_vduse.dataplane.failure_log import FailureLog
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
 from csi_vduse.errors import (
@@ -65,7 +66,7 @@ class Worker:
         self._served: ServedDevice | None = None
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarm_muted_until = 0.0
-        self._failures_logged = 0
+        self._failures = FailureLog()
         self._resume_at: float | None = None
         self._running = True
         self._listener = _listen(listen_path)
@@ -179,7 +180,7 @@ class Worker:
             undo.pop_all()
         fds.remove(device_fd)  # it belongs to served now
         self._served = served
-        self._failures_logged = 0
+        self._failures = FailureLog()
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
 
@@ -256,16 +257,7 @@ class Worker:
         if self._served is None:
             return
         engine = self._served.engine
-        failure = engine.failure()
-        if failure and failure.count > self._failures_logged:
-            self._log.error(
-                "requests failed",
-                requests=failure.count - self._failures_logged,
-                operation=failure.operation,
-                offset_bytes=failure.offset_bytes,
-                error=failure.error,
-            )
-            self._failures_logged = failure.count
+        self._failures.tell(engine)
         for queue, fault in engine.faults().items():
             self._log.error(
                 "queue stopped: the driver broke the ring's rules",

@@ -45,6 +45,12 @@ def findings(observed: Observed) -> tuple[Finding, ...]:
     if attachment is None:
         return (Finding(Severity.INACCESSIBLE, "NotAttached", "The volume has no device on this node."),)
     found = [] if attachment.state in _NORMAL else [_device_finding(attachment)]
+    if attachment.state is State.ATTACHED and attachment.state_reason:
+        found.append(
+            Finding(
+                Severity.DEGRADED, "RequestsWait", f"{attachment.state_reason}; they go on by themselves."
+            )
+        )
     lost = [mount for mount in observed.mounted() if mount.is_write_protected]
     if lost and not attachment.spec.read_only:
         message = f"The file system at {lost[0].mount_point} is read-only; it was staged writable."

@@ -124,6 +124,10 @@ static void serve(struct fuse_image *image, int fd, uint64_t size)
             struct fuse_write_in *w = body;
             struct waiting new = { .header = *in };
 
+            if (load_acquire(image->error)) {
+                reply(fd, in->unique, load_acquire(image->error), NULL, 0);
+                break;
+            }
             if (in->opcode != FUSE_FSYNC) {
                 new.offset = r->offset;
                 new.size = r->size;
@@ -174,6 +178,7 @@ void fuse_image_open(struct fuse_image *image, uint64_t size)
     harness_private_mounts();
     image->stall = (int32_t *)shared;
     image->stalled = image->stall + 1;
+    image->error = image->stall + 2;
     image->content = shared + 4096;
     CHECK(mkdtemp(mount_point));
     snprintf(options, sizeof(options), "fd=%d,rootmode=40000,user_id=0,group_id=0", fd);
@@ -197,6 +202,11 @@ void fuse_image_open(struct fuse_image *image, uint64_t size)
 void fuse_image_stall(struct fuse_image *image, bool stall)
 {
     store_release(image->stall, stall);
+}
+
+void fuse_image_fail(struct fuse_image *image, int error)
+{
+    store_release(image->error, error);
 }
 
 int32_t fuse_image_stalled(const struct fuse_image *image)

@@ -50,6 +50,7 @@ struct vd_config {
     const char *serial;       /* answer to GET_ID, cut to 20 bytes */
     const char *backend;      /* "file", "null" or "error" */
     const char *path;         /* of the file backend */
+    uint32_t away_ms;         /* for how long a backend that fails everything is taken for one that may come back */
 };
 
 /* What all queues together may start in a second, counting all requests but FLUSH; 0: no limit. */
@@ -112,13 +113,15 @@ struct vd_queue_stats {
     uint64_t throttled_ns;    /* for how long */
     uint64_t data_max_bytes;  /* of reads and writes in flight at once, the most there ever were */
     uint32_t in_flight;
+    uint32_t waiting;         /* of those, for a backend that is full or away */
     uint32_t fault;           /* enum vd_queue_fault */
     uint32_t running;
 };
 
-/* The newest failure, for the log. */
+/* The newest request that failed, or that waits for its backend, for the log. */
 struct vd_failure {
     uint64_t count;           /* failures since the engine was made */
+    uint64_t waits;           /* requests that had to wait since then */
     uint64_t offset_bytes;
     uint32_t operation;
     int32_t error;            /* positive errno */

@@ -108,10 +108,12 @@ void vd_engine_wake_control(struct vd_engine *engine)
         (void)!write(engine->config.event_fd, &one, sizeof(one));
 }
 
-void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error)
+void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error, bool waits)
 {
+    struct vd_failure *f = &engine->failure;
+
     pthread_mutex_lock(&engine->failure_lock);
-    engine->failure = (struct vd_failure){ engine->failure.count + 1, request->offset, request->operation, error };
+    *f = (struct vd_failure){ f->count + !waits, f->waits + waits, request->offset, request->operation, error };
     pthread_mutex_unlock(&engine->failure_lock);
     vd_engine_wake_control(engine);
 }

@@ -43,6 +43,9 @@ struct vd_request {
     uint64_t done;
     uint32_t step;
     int method;
+    uint64_t mark;
+    bool waits;                /* see waiting.c */
+    uint64_t failing_since_ns; /* 0: it has not failed yet */
 };
 
 /*
@@ -97,6 +100,7 @@ struct vd_queue {
     uint64_t held_until_ns;
     uint32_t held_generation;
     uint64_t memory_faults;
+    uint64_t failing_since_ns;   /* when the first request since the last good one failed; 0: that was good */
     int wake_fd;                 /* eventfd by which the control thread wakes the queue; nobody else has it */
     bool kick_armed, wake_armed;
     pthread_t thread;
@@ -113,6 +117,12 @@ bool vd_blk_begin(struct vd_queue *queue, struct vd_request *request, const stru
 /* Finish a request: error is 0 or a positive errno; ENOTSUP becomes UNSUPP. */
 void vd_request_finish(struct vd_queue *queue, struct vd_request *request, int error);
 
+/* Have a request that failed so be tried again in a while; false if it is not to be, and the error to be told. */
+bool vd_request_wait(struct vd_queue *queue, struct vd_request *request, int error);
+
+/* Whether a completion is the end of such a wait. */
+bool vd_request_waited(struct vd_queue *queue, struct vd_request *request);
+
 /* A free submission; never NULL, since the queue submits when its ring is full. */
 struct io_uring_sqe *vd_queue_sqe(struct vd_queue *queue, struct vd_request *request);
 
@@ -123,7 +133,8 @@ void vd_queue_wake(struct vd_queue *queue);
 bool vd_queue_paused(struct vd_queue *queue);
 
 void vd_queue_fault(struct vd_queue *queue, enum vd_queue_fault fault);
-void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error);
+/* A request failed, or waits to be tried again. */
+void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error, bool waits);
 void vd_engine_wake_control(struct vd_engine *engine);
 
 #endif

@@ -69,7 +69,9 @@ void vd_request_finish(struct vd_queue *q, struct vd_request *r, int error)
         return; /* the driver has to reset the device; its rings may not even be mapped */
     vd_count_finished(q, r, error);
     if (error && error != ENOTSUP)
-        vd_engine_report(q->engine, r, error);
+        vd_engine_report(q->engine, r, error, false);
+    if (!error)
+        q->failing_since_ns = 0;
     store_relaxed(r->status, !error ? 0 : error == ENOTSUP ? 2 : 1); /* VIRTIO_BLK_S_OK, _UNSUPP, _IOERR */
 
     bool filled = !error && (r->operation == VD_READ || r->operation == VD_GET_ID);
@@ -118,6 +120,7 @@ static int fetch(struct vd_queue *q)
         q->free = r->next_free;
         r->id = chain.id;
         r->fetched_ns = q->now_ns;
+        r->failing_since_ns = 0;
         r->data_bytes = 0;
         taken++;
         store_relaxed(&q->stats->in_flight, ++q->in_flight);
@@ -139,6 +142,15 @@ static int fetch(struct vd_queue *q)
     return available;
 }
 
+/* Start a request that was held back, unless nobody waits for it any more. */
+static void start(struct vd_queue *q, struct vd_request *r)
+{
+    if (q->stats->fault || load_relaxed(&q->abandoned))
+        vd_request_finish(q, r, ECANCELED);
+    else
+        q->engine->ops->submit(q, r);
+}
+
 /* Collect completions without waiting; returns how many. */
 static unsigned collect(struct vd_queue *q)
 {
@@ -156,6 +168,8 @@ static unsigned collect(struct vd_queue *q)
                 q->wake_armed = cqes[i]->flags & IORING_CQE_F_MORE;
             } else if (data == CANCEL) {
                 continue;
+            } else if (vd_request_waited(q, data)) {
+                start(q, data);
             } else if (load_relaxed(&q->abandoned)) {
                 vd_request_finish(q, data, ECANCELED); /* not another step of it */
             } else {
@@ -192,10 +206,7 @@ static unsigned start_held(struct vd_queue *q, bool now)
 
     if (!r)
         return 0;
-    if (q->stats->fault || load_relaxed(&q->abandoned))
-        vd_request_finish(q, r, ECANCELED);
-    else
-        q->engine->ops->submit(q, r);
+    start(q, r);
     return 1;
 }
 

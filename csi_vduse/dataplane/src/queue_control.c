@@ -130,6 +130,7 @@ int vd_queue_start(struct vd_engine *engine, uint32_t index, const struct vd_que
         return -ENOMEM;
     store_relaxed(&q->stats->fault, VD_FAULT_NONE);
     store_relaxed(&q->stats->in_flight, 0);
+    store_relaxed(&q->stats->waiting, 0);
     error = vd_log_open(config, &log);
     fault = error ? VD_FAULT_LOG : vd_vring_init(&q->ring, engine->memory, config, log);
     if (fault) {
@@ -174,6 +175,7 @@ int vd_queue_stop(struct vd_engine *engine, uint32_t index, uint32_t timeout_ms)
         __atomic_fetch_add(&engine->abandoned, 1, __ATOMIC_RELAXED);
         store_relaxed(&q->abandoned, true);
         store_relaxed(&q->stats->in_flight, 0);
+        store_relaxed(&q->stats->waiting, 0);
         pthread_detach(q->thread);
         vd_queue_wake(q);
     }

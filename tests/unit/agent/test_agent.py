@@ -73,6 +73,14 @@ async def test_attach_serves_before_the_bus_and_detach_leaves_nothing(agent, ker
     assert_nothing_left(kernel, workers, node)
 
 
+async def test_what_requests_wait_for_is_told(agent, workers):
+    workers.fault = "full"
+    await agent.attach(SPEC)
+    await agent.inspect("vol-1")
+    assert "ENOSPC" in agent.attachments()[0].state_reason
+    await agent.detach("vol-1")
+
+
 async def test_a_vm_gets_no_bounce_memory_and_more_time(agent, kernel):
     await agent.attach(replace(SPEC, bus=Bus.VHOST))
     assert kernel.devices["vol-1"].attributes == {"msg_timeout": 120}

@@ -4,7 +4,7 @@ It speaks the real channel, keeps the device that it is given open until it is t
 it serves nothing, with any of its connections, as the real one does (tests/unit/dataplane/test_worker.py). Faults:
 "refuse" (start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute"
 (never answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain), "stuck"
-(never answers release), "broken" (its device is), "ancient" (of a protocol without handover).
+(never answers release), "broken" (its device is), "ancient" (of a protocol without handover), "full" (requests wait).
 """
 
 from __future__ import annotations
@@ -86,12 +86,14 @@ def _answer(message: dict[str, Any], fault: str, *, started: bool) -> dict[str, 
             "features": 7,
             "device_status": 15,
             "capacity_bytes": 64 << 20,
+            "waiting": _WAITING if fault == "full" else "",
         },
         "release": {"released": fault != "slow" or message.get("abandon", False)},
     }
     return {"ok": True, **answers.get(operation, {})}
 
 
+_WAITING = "2 requests wait for the backend: the last write failed with ENOSPC"
 _ERRORS = {
     ("start", "refuse"): FailedPrecondition("the image is missing", hint="make it"),
     ("start", "foreign log"): DataLoss("the in-flight log is not of this device"),

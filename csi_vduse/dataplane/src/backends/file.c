@@ -7,6 +7,10 @@
  * the last reference to the open file falls, which a request in flight is: so a successor that holds the lock knows
  * that nothing of its predecessor is still on its way to the disk.
  *
+ * Errors of a file system that is full or away are waited for (waiting.c), but for one case: a sync that fails drops
+ * what the page cache held (the next one would be in order, and the data lost), so that it is tried again only if
+ * nothing can have been there: nothing was written through the page cache, by us or a predecessor, since the last good one.
+ *
  * DISCARD and WRITE_ZEROES are fallocate; what the file system cannot do is remembered and replaced: an
  * unsupported discard does nothing, as it may; zeroes are written out.
  */
@@ -34,6 +38,9 @@ struct file {
     bool block_device;
     bool in_memory;          /* copying is all there is to a transfer */
     bool no_punch, no_zero_range; /* learned; each queue thread may set them, to the same value */
+    uint64_t cache_changes;       /* writes through the page cache begun, and ended; any queue's */
+    uint64_t cache_clean;         /* what that was when the last sync began that went well */
+    bool synced;                  /* there was one */
     void *zeroes;
 };
 
@@ -160,15 +167,20 @@ static bool can_flush(const struct vd_queue *q)
     return q->config.features >> VIRTIO_BLK_F_FLUSH & 1;
 }
 
-static int data_fd(const struct file *f, const struct vd_request *r)
+static void cache_changed(struct file *f)
+{
+    __atomic_fetch_add(&f->cache_changes, 1, __ATOMIC_RELAXED);
+}
+
+static bool is_direct(const struct file *f, const struct vd_request *r)
 {
     uintptr_t bits = 0;
 
     if (f->direct_fd < 0 || ((r->offset + r->done) | (r->length - r->done)) % f->offset_align)
-        return f->buffered_fd;
+        return false;
     for (uint32_t i = 0; i < r->data_count; i++)
         bits |= (uintptr_t)r->data[i].iov_base | r->data[i].iov_len;
-    return bits % f->memory_align ? f->buffered_fd : f->direct_fd;
+    return !(bits % f->memory_align);
 }
 
 /*
@@ -191,7 +203,7 @@ static void copy(struct vd_queue *q, struct vd_request *r)
 /* Submit what is left of a read or write. */
 static void transfer(struct vd_queue *q, struct vd_request *r)
 {
-    const struct file *f = q->engine->backend;
+    struct file *f = q->engine->backend;
     uint64_t offset = r->offset + r->done;
     struct io_uring_sqe *sqe;
 
@@ -200,14 +212,31 @@ static void transfer(struct vd_queue *q, struct vd_request *r)
         return;
     }
     sqe = vd_queue_sqe(q, r);
+    bool direct = is_direct(f, r);
+    int fd = direct ? f->direct_fd : f->buffered_fd;
+
+    r->method = direct ? NOTHING : WRITE;
     if (r->operation == VD_READ) {
-        io_uring_prep_readv(sqe, data_fd(f, r), r->data, r->data_count, offset);
+        io_uring_prep_readv(sqe, fd, r->data, r->data_count, offset);
     } else {
-        io_uring_prep_writev(sqe, data_fd(f, r), r->data, r->data_count, offset);
+        if (!direct)
+            cache_changed(f);
+        io_uring_prep_writev(sqe, fd, r->data, r->data_count, offset);
         if (!can_flush(q))
             sqe->rw_flags = RWF_DSYNC;
     }
     io_uring_sqe_set_data(sqe, r);
+}
+
+/* A step of a request failed: have it tried again if the reason may pass, else tell the driver. */
+static void failed(struct vd_queue *q, struct vd_request *r, int error)
+{
+    const struct file *f = q->engine->backend;
+    bool dirty = load_relaxed(&f->cache_changes) != load_relaxed(&f->cache_clean) ||
+                 (q->config.resume && !load_relaxed(&f->synced));
+
+    if ((r->method == SYNC && dirty) || !vd_request_wait(q, r, error))
+        vd_request_finish(q, r, error);
 }
 
 static void sync_data(struct vd_queue *q, struct vd_request *r)
@@ -216,6 +245,7 @@ static void sync_data(struct vd_queue *q, struct vd_request *r)
     struct io_uring_sqe *sqe = vd_queue_sqe(q, r);
 
     r->method = SYNC;
+    r->mark = load_relaxed(&f->cache_changes);
     io_uring_prep_fsync(sqe, f->buffered_fd, IORING_FSYNC_DATASYNC);
     io_uring_sqe_set_data(sqe, r);
 }
@@ -242,6 +272,7 @@ static void next_extent(struct vd_queue *q, struct vd_request *r)
     if (r->method == WRITE) {
         uint64_t left = e->length - r->done;
 
+        cache_changed(f);
         io_uring_prep_write(sqe, f->buffered_fd, f->zeroes, left < ZEROES_BYTES ? (unsigned)left : ZEROES_BYTES,
                             e->offset + r->done);
     } else {
@@ -257,6 +288,7 @@ static void file_submit(struct vd_queue *q, struct vd_request *r)
     switch (r->operation) {
     case VD_READ:
     case VD_WRITE:
+        r->method = NOTHING;
         if (!r->length)
             vd_request_finish(q, r, 0);
         else
@@ -266,7 +298,8 @@ static void file_submit(struct vd_queue *q, struct vd_request *r)
         sync_data(q, r);
         return;
     default:
-        r->method = NOTHING;
+        if (!r->failing_since_ns) /* else it goes on where it failed */
+            r->method = NOTHING;
         next_extent(q, r);
     }
 }
@@ -300,8 +333,11 @@ static void zeroed(struct vd_queue *q, struct vd_request *r, int result)
 
     if (result == -EOPNOTSUPP && r->method != WRITE) {
         store_relaxed(r->method == PUNCH ? &f->no_punch : &f->no_zero_range, true);
-    } else if (result < 0 || (r->method == WRITE && !result)) {
-        vd_request_finish(q, r, result ? -result : EIO);
+    } else if (result < 0) {
+        failed(q, r, -result);
+        return;
+    } else if (r->method == WRITE && !result) {
+        vd_request_finish(q, r, EIO);
         return;
     } else {
         r->done += (uint32_t)result;
@@ -313,22 +349,36 @@ static void zeroed(struct vd_queue *q, struct vd_request *r, int result)
     next_extent(q, r);
 }
 
+static void synced(struct vd_queue *q, struct vd_request *r)
+{
+    struct file *f = q->engine->backend;
+
+    store_relaxed(&f->cache_clean, r->mark);
+    store_relaxed(&f->synced, true);
+    vd_request_finish(q, r, 0);
+}
+
 static void file_complete(struct vd_queue *q, struct vd_request *r, int result)
 {
+    struct file *f = q->engine->backend;
     bool again = result == -EAGAIN || result == -EINTR;
 
+    if (r->method == WRITE && r->operation != VD_READ)
+        cache_changed(f);
     if (r->operation == VD_READ || r->operation == VD_WRITE) {
         if (again)
             transfer(q, r);
         else if (result < 0)
-            vd_request_finish(q, r, -result);
+            failed(q, r, -result);
         else
             transferred(q, r, (uint32_t)result);
     } else if (r->method == SYNC) {
         if (again)
             sync_data(q, r);
+        else if (result < 0)
+            failed(q, r, -result);
         else
-            vd_request_finish(q, r, result < 0 ? -result : 0);
+            synced(q, r);
     } else if (again) {
         next_extent(q, r);
     } else {
