@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-chaos chaos bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,7 +39,8 @@ demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
 test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite
 	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-ring && \
 		$(MAKE) --no-print-directory test-fuzz && \
-		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm)
+		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm && \
+		$(MAKE) --no-print-directory test-chaos)
 
 test-unit: install ## unit tests: seconds, no kernel
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/unit)
@@ -67,6 +68,19 @@ test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
 test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity among it
 	@tools/build_csi_sanity.sh
 	@$(call TIMED,$(IN_VM) tests/vm --junitxml=$(RESULTS)/vm.xml)
+
+chaos-tools: lab-deps
+	@$(MAKE) --no-print-directory --silent -C tests/chaos
+
+test-chaos: chaos-tools ## everything that can die or hang does, under verified I/O, a few times: minutes
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host && \
+		$(IN_VM) tests/chaos/vm --junitxml=$(RESULTS)/chaos.xml)
+
+CHAOS_SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
+chaos: chaos-tools ## the same hundreds of times: hours; CHAOS_SEED=N repeats the choices of an earlier run
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host --chaos=long --chaos-seed=$(CHAOS_SEED) && \
+		$(BIN)/python -m lab run --timeout 28800 -- $(BIN)/python -m pytest -q -p no:cacheprovider \
+			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED) --junitxml=$(RESULTS)/chaos-long.xml)
 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh

@@ -1,0 +1,39 @@
+"""An agent for all chaos tests, and a folder on tmpfs for their images; every test ends with nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.paths import CHECKOUT
+from tests.chaos.vm import kernel_log
+from tests.vm.conftest import RunningAgent, kernel, leaves_nothing, shared
+
+__all__ = ["kernel", "shared"]
+
+TOOLS = CHECKOUT / ".cache/chaos"
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a short name, on a tmpfs: sockets and images may be there."""
+    path = tmp_path_factory.mktemp("c")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def clean(shared: RunningAgent) -> Iterator[None]:
+    """Nothing is left behind, and the kernel has nothing to complain about."""
+    with kernel_log.stays_quiet(), leaves_nothing(shared):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stalls_are_reported() -> None:
+    """Have the kernel name every task that hangs for longer than any test makes one wait."""
+    subprocess.run(["sysctl", "-q", "kernel.hung_task_warnings=-1"], check=True, timeout=60)
