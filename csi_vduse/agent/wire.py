@@ -12,7 +12,7 @@ import grpc
 
 from csi_vduse import errors
 from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, State, VolumeStats
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NbdTls, NullBackend
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import InvalidArgument, VduseError
 from csi_vduse.proto import agent_pb2
@@ -44,6 +44,8 @@ def backend_to_wire(backend: BackendSpec) -> agent_pb2.Backend:
     match backend:
         case FileBackend(path):
             return agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(path)))
+        case NbdBackend(uri, tls):
+            return agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=uri, tls=_tls_to_wire(tls)))
         case NullBackend():
             return agent_pb2.Backend(null=agent_pb2.NullBackend())
 
@@ -52,7 +54,7 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
     """Decode where the bytes are.
 
     Raises:
-        InvalidArgument: none given, or a relative path.
+        InvalidArgument: none given, a relative path, or a URI that is none.
     """
     match message.WhichOneof("kind"):
         case "file":
@@ -60,9 +62,28 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
             if not path.is_absolute():
                 raise InvalidArgument(f"backend path {message.file.path!r} is not absolute")
             return FileBackend(path)
+        case "nbd":
+            tls = _tls_from_wire(message.nbd.tls) if message.nbd.HasField("tls") else None
+            return NbdBackend(message.nbd.uri, tls)
         case "null":
             return NullBackend()
-    raise InvalidArgument("the request names no backend", hint="file or null")
+    raise InvalidArgument("the request names no backend", hint="file, nbd or null")
+
+
+def _tls_to_wire(tls: NbdTls | None) -> agent_pb2.NbdTls | None:
+    if tls is None:
+        return None
+    return agent_pb2.NbdTls(
+        certificates=str(tls.certificates or ""), psk_file=str(tls.psk_file or ""), hostname=tls.hostname
+    )
+
+
+def _tls_from_wire(message: agent_pb2.NbdTls) -> NbdTls:
+    return NbdTls(
+        Path(message.certificates) if message.certificates else None,
+        Path(message.psk_file) if message.psk_file else None,
+        message.hostname,
+    )
 
 
 def throttle_to_wire(throttle: Throttle) -> agent_pb2.Throttle:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from csi_vduse.dataplane import nbd_config
 from csi_vduse.dataplane._engine import ffi, lib
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NullBackend
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     FailedPrecondition,
@@ -103,13 +104,14 @@ class Engine:
         max_queues: queues that may be started.
         read_only: refuse whatever writes.
         serial: answer to GET_ID, cut to 20 bytes.
-        event_fd: eventfd that is written when a queue faults or a request fails.
+        event_fd: eventfd that is written when a queue faults, a request fails or the backend's state changes.
+        resume: the device exists already and must be served: a server that is away is waited for.
 
     Raises:
-        NotFound, PermissionDenied: the image cannot be opened.
+        NotFound, PermissionDenied: the image or export cannot be opened.
         InvalidArgument: the image is neither a file nor a block device.
-        FailedPrecondition: the image is smaller than the capacity.
-        Unavailable: another worker holds the image.
+        FailedPrecondition: the image or export is smaller than the capacity, or read-only.
+        Unavailable: another worker holds the image; the server does not answer.
     """
 
     def __init__(
@@ -122,17 +124,26 @@ class Engine:
         read_only: bool,
         serial: str,
         event_fd: int,
+        resume: bool = False,
     ) -> None:
         self._max_queues = max_queues
+        keep: list[Any] = []  # what the config points to
+        nbd = ffi.NULL
         match backend:
             case FileBackend(path):
                 name, place = "file", os.fsencode(path)
+            case NbdBackend():
+                name, place = "nbd", backend.uri.encode()
+                nbd = nbd_config.encode(backend, keep, wait=resume)
             case NullBackend():
                 name, place = "null", b""
         strings = [ffi.new("char[]", text) for text in (serial.encode(), name.encode(), place)]
+        reason = ffi.new("char[]", nbd_config.REASON_BYTES)
         config = ffi.new(
             "struct vd_config *",
             {
+                "nbd": nbd,
+                "reason": reason,
                 "max_queues": max_queues,
                 "block_size_bytes": block_size_bytes,
                 "capacity_bytes": capacity_bytes,
@@ -145,6 +156,8 @@ class Engine:
         )
         engine = ffi.new("struct vd_engine **")
         result = lib.vd_engine_new(config, engine)
+        if result < 0 and name == "nbd":
+            raise nbd_config.error(-result, os.fsdecode(place), nbd_config.text(reason))
         if result < 0:
             raise _open_error(-result, os.fsdecode(place), capacity_bytes)
         self._engine = engine[0]
@@ -177,8 +190,12 @@ class Engine:
 
         Raises:
             FailedPrecondition: the backend is smaller.
+            Unavailable: the server did not say what size it has.
         """
-        if lib.vd_engine_set_capacity(self._engine, capacity_bytes) < 0:
+        result = lib.vd_engine_set_capacity(self._engine, capacity_bytes)
+        if result < 0 and result != -errno.EINVAL:
+            raise Unavailable(f"the server did not say its size: {os.strerror(-result)}", hint="retry")
+        if result < 0:
             raise FailedPrecondition(
                 f"capacity {capacity_bytes} is not whole sectors within the backend's "
                 f"{self.backend_capacity_bytes} bytes",

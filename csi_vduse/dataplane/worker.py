@@ -157,6 +157,7 @@ class Worker:
             read_only=spec.read_only,
             serial=message["serial"],
             event_fd=self._event_fd,
+            resume=bool(message.get("resume")),
         )
         device_fd, log_fd = fds
         with contextlib.ExitStack() as undo:

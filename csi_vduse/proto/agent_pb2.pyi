@@ -87,6 +87,57 @@ class FileBackend(_message.Message):
 Global___FileBackend: _TypeAlias = FileBackend  # noqa: Y015
 
 @_typing.final
+class NbdTls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    PSK_FILE_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    certificates: _builtins.str
+    """folder"""
+    psk_file: _builtins.str
+    hostname: _builtins.str
+    def __init__(
+        self,
+        *,
+        certificates: _builtins.str = ...,
+        psk_file: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "hostname", b"hostname", "psk_file", b"psk_file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NbdTls: _TypeAlias = NbdTls  # noqa: Y015
+
+@_typing.final
+class NbdBackend(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    @_builtins.property
+    def tls(self) -> Global___NbdTls:
+        """if the URI asks for TLS"""
+
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        tls: Global___NbdTls | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NbdBackend: _TypeAlias = NbdBackend  # noqa: Y015
+
+@_typing.final
 class NullBackend(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -107,21 +158,25 @@ class Backend(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     NULL_FIELD_NUMBER: _builtins.int
+    NBD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def file(self) -> Global___FileBackend: ...
     @_builtins.property
     def null(self) -> Global___NullBackend: ...
+    @_builtins.property
+    def nbd(self) -> Global___NbdBackend: ...
     def __init__(
         self,
         *,
         file: Global___FileBackend | None = ...,
         null: Global___NullBackend | None = ...,
+        nbd: Global___NbdBackend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "null", b"null"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "null", b"null"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null", "nbd"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
