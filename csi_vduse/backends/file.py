@@ -19,7 +19,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -77,6 +77,11 @@ class FilePool:
     def kind(self) -> str:
         """Always "file"."""
         return KIND
+
+    @property
+    def needs_hold(self) -> bool:
+        """An image is copied while it may be written: its worker has to hold still."""
+        return True
 
     async def check(self) -> None:
         """Prove that the directory is there, is one, and carries the mark that we remember."""
@@ -147,8 +152,21 @@ class FilePool:
         """Remove `*.tmp` below volumes and snapshots: what interrupted calls left."""
         await self._short(self._clean)
 
-    def data_path(self, volume: Volume) -> BackendSpec:
+    async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
+        """Nothing to do and nothing to tell: the image is where the node is."""
+        del volume, node_id, read_only, shared
+        return {}
+
+    async def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Nothing to do."""
+
+    async def published(self) -> Mapping[str, tuple[str, ...]]:
+        """Nothing is remembered."""
+        return {}
+
+    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the image's path."""
+        del publish_context
         return FileBackend(self._volume_image(volume.id).absolute())
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,14 +58,14 @@ class NodeContext:
         node_id: name of this node in CSI answers.
         agent: owner of devices and workers.
         registry: what volumes are; the node writes only their file system record.
-        data_path: tells where the bytes of a volume are, for the agent.
+        data_path: tells where the bytes of a volume are, for the agent; from what publishing it told too.
         sysfs: where sysfs is mounted.
     """
 
     node_id: str
     agent: Agent
     registry: Registry
-    data_path: Callable[[Volume], BackendSpec]
+    data_path: Callable[[Volume, Mapping[str, str]], BackendSpec]
     sysfs: Path = Path("/sys")
 
 

@@ -91,6 +91,8 @@ _ONE_VOLUME = frozenset(
         "DeleteVolume",
         "ControllerExpandVolume",
         "ControllerModifyVolume",
+        "ControllerPublishVolume",
+        "ControllerUnpublishVolume",
         "NodeStageVolume",
         "NodeUnstageVolume",
         "NodePublishVolume",

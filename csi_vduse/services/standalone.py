@@ -5,7 +5,7 @@ The agent is reached through its client, like everywhere: nothing here knows in 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -23,6 +23,7 @@ from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
 from csi_vduse.services.node import Node
 from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.publishing import KnownNodes, Publisher
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.server import start_server
@@ -109,10 +110,16 @@ async def _start_controller(
         pools=pools,
         provisioner=provisioner,
         snapshotter=snapshotter,
+        publisher=Publisher(
+            registry=registry,
+            pools=pools,
+            own_node=config.node_id,
+            nodes=KnownNodes(frozenset({config.node_id, *config.peer_nodes})),
+        ),
         reservations=reservations,
         segments=segments,
     )
 
 
-def _data_path(pools: Pools, volume: Volume) -> BackendSpec:
-    return pools.holding(volume.pool).data_path(volume)
+def _data_path(pools: Pools, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    return pools.holding(volume.pool).data_path(volume, publish_context)

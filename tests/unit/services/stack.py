@@ -17,6 +17,7 @@ from csi_vduse.proto import csi_pb2
 from csi_vduse.services.controller import Controller
 from csi_vduse.services.copies import Copies
 from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.publishing import KnownNodes, Publisher
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.snapshotting import Snapshotter
@@ -27,6 +28,7 @@ from tests.unit.fakes.agent import FakeAgent
 MIB = 1 << 20
 GIB = 1 << 30
 NODE = "n1"
+OTHER_NODE = "n2"
 Mode = csi_pb2.VolumeCapability.AccessMode
 
 
@@ -122,6 +124,12 @@ class Stack:
             pools=self.pools,
             provisioner=self.provisioner,
             snapshotter=self.snapshotter,
+            publisher=Publisher(
+                registry=self.registry,
+                pools=self.pools,
+                own_node=NODE,
+                nodes=KnownNodes(frozenset({NODE, OTHER_NODE})),
+            ),
             reservations=self.reservations,
             segments=segments,
         )
