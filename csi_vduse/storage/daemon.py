@@ -154,11 +154,11 @@ class Daemon:
         if not qmp.gone.is_set():
             with contextlib.suppress(VduseError):
                 await qmp.execute("quit")
-            with contextlib.suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(_exit(qmp.pid), _QUIT_TIMEOUT_S)
-        if _alive(qmp.pid) and not qmp.gone.is_set():
-            log.get().error("qemu-storage-daemon does not end and is killed", pid=qmp.pid)
-            os.kill(qmp.pid, signal.SIGKILL)
+            except TimeoutError:
+                log.get().error("qemu-storage-daemon does not end and is killed", pid=qmp.pid)
+                os.kill(qmp.pid, signal.SIGKILL)
         await qmp.close()
         if self._process is not None and self._process.pid == qmp.pid:
             await self._process.wait()
@@ -179,10 +179,3 @@ async def _exit(pid: int) -> None:
         loop.remove_reader(pidfd)
         os.close(pidfd)
 
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
