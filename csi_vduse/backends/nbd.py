@@ -27,6 +27,8 @@ KIND = "nbd"
 # Keys of a publish_context.
 URI = "uri"
 EPOCH = "epoch"
+# Key of a volume_context: the directory of certificates, on the node, of an export that was made beforehand.
+TLS_DIRECTORY = "tlsDirectory"
 _OPTIONS = ("tls", "node-tls")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_vduse import log
@@ -20,6 +20,7 @@ from csi_vduse.node.context import NodeContext, Observed, device_number, get_vol
 from csi_vduse.node.disk import prove_disk
 from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
+from csi_vduse.node.foreign import URI
 from csi_vduse.node.formatting import ensure_formatted
 from csi_vduse.node.options import combine
 from csi_vduse.node.stale import clear_stale
@@ -31,13 +32,13 @@ from csi_vduse.volumes.policy import READER_MODES, Use, objection
 class StageRequest:
     """What is to be staged, where and how; the path as check_path returns it.
 
-    publish_context: what ControllerPublishVolume told.
+    context: the volume's attributes, and what ControllerPublishVolume told.
     """
 
     volume_id: str
     staging_path: str
     use: Use
-    publish_context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read_only(self) -> bool:
@@ -56,9 +57,9 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         Unavailable, DeadlineExceeded: the device cannot be had or does not answer; retry.
         DataLoss: its file system is damaged, or gone.
     """
-    volume = await get_volume(node, request.volume_id)
+    observed = await look(node, request.volume_id)
+    volume = await described_volume(node, request, observed)
     refuse_impossible(volume, request.use)
-    observed = await look(node, volume.id)
     await clear_stale(node, observed, request.staging_path)
     async with AsyncExitStack() as undo:
         attachment = await attach(node, volume, observed, request, undo)
@@ -78,6 +79,18 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         undo.pop_all()
 
 
+async def described_volume(node: NodeContext, request: StageRequest, observed: Observed) -> Volume:
+    """Return the registry's volume, or one that it does not know and the request describes."""
+    known = await node.registry.get_volume(request.volume_id)
+    if known is not None or node.foreign is None or URI not in request.context:
+        return await get_volume(node, request.volume_id)
+    if observed.attachment is not None:
+        present = await node.foreign.find(request.volume_id)
+        if present is not None:
+            return replace(present, filesystem=None)
+    return await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+
+
 def refuse_impossible(volume: Volume, use: Use) -> None:
     """Refuse what no retry can make possible, before anything is touched."""
     reason = objection(use, backend=volume.backend, bus=volume.parameters.bus)
@@ -93,7 +106,7 @@ async def attach(
     parameters = volume.parameters
     spec = AttachSpec(
         volume_id=volume.id,
-        backend=node.data_path(volume, request.publish_context),
+        backend=node.data_path(volume, request.context),
         capacity_bytes=volume.capacity_bytes,
         bus=Bus(parameters.bus.value),
         read_only=request.read_only,

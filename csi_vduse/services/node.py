@@ -58,7 +58,10 @@ class Node(csi_pb2_grpc.NodeServicer):
         volume_id = validation.object_id(request.volume_id, "volume_id")
         path = check_path(request.staging_target_path, "staging_target_path")
         wanted = StageRequest(
-            volume_id, path, validation.use(request.volume_capability), dict(request.publish_context)
+            volume_id,
+            path,
+            validation.use(request.volume_capability),
+            {**request.volume_context, **request.publish_context},
         )
         await stage(self._node, wanted)
         return csi_pb2.NodeStageVolumeResponse()

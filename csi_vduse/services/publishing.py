@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from csi_vduse.backends import nbd
 from csi_vduse.backends.pools import Pools
+from csi_vduse.dataplane import nbd_uri
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_vduse.services.validation import PublishVolume
-from csi_vduse.volumes.model import State
+from csi_vduse.volumes.model import Bus, State
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
 from csi_vduse.volumes.registry import Registry
 
@@ -68,6 +70,8 @@ class Publisher:
             Unavailable: the storage server is away.
         """
         volume = await self._registry.get_volume(request.volume_id)
+        if volume is None and nbd.URI in request.context:
+            return await self._publish_static(request)
         if volume is None or volume.state is not State.READY:
             raise NotFound(f"volume {request.volume_id!r} does not exist")
         if not await self._nodes.has(request.node_id):
@@ -85,6 +89,21 @@ class Publisher:
             read_only=request.read_only or request.use.mode in READER_MODES,
             shared=request.use.mode is AccessMode.MULTI_NODE_MULTI_WRITER,
         )
+
+    async def _publish_static(self, request: PublishVolume) -> dict[str, str]:
+        """Answer for an export that was made beforehand: nothing is done, and nobody is fenced."""
+        uri = request.context[nbd.URI]
+        nbd_uri.parse(uri)
+        if not await self._nodes.has(request.node_id):
+            raise NotFound(
+                f"node {request.node_id!r} does not exist", hint="standalone knows --peer-node only"
+            )
+        reason = objection(request.use, backend=nbd.KIND, bus=Bus.VIRTIO_VDPA)
+        if not reason and request.use.mode is AccessMode.MULTI_NODE_MULTI_WRITER:
+            reason = "nobody fences an export that was made beforehand, so one node at a time may write it"
+        if reason:
+            raise InvalidArgument(reason)
+        return {nbd.URI: uri}
 
     async def unpublish(self, volume_id: str, node_id: str) -> None:
         """Take a volume back from a node, or from all if node_id is empty; fine if there is nothing to take.

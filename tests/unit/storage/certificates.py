@@ -21,7 +21,16 @@ class Authority:
         self._certificate, self._key = directory / "ca-cert.pem", directory / "ca-key.pem"
         openssl(
             *("req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
-            *("-days", "2", "-subj", f"/CN={name} authority", "-keyout", self._key, "-out", self._certificate),
+            *(
+                "-days",
+                "2",
+                "-subj",
+                f"/CN={name} authority",
+                "-keyout",
+                self._key,
+                "-out",
+                self._certificate,
+            ),
             *("-addext", "keyUsage=critical,keyCertSign"),
         )
 
