@@ -50,6 +50,7 @@ class LoopAgent:
     wrong_serial: str = ""
     problems: tuple[str, ...] = ()
     nbd_pool: Path | None = None
+    nbd_image: str = ""
 
     @property
     def sysfs(self) -> Path:
@@ -140,7 +141,7 @@ class LoopAgent:
         client = NbdClient(spec.backend.uri)
         client.close()
         assert (client.size_bytes, client.read_only) == (spec.capacity_bytes, spec.read_only)
-        return self.nbd_pool / "volumes" / spec.volume_id / "image.raw"
+        return self.nbd_pool / "volumes" / (self.nbd_image or spec.volume_id) / "image.raw"
 
     def _make_vhost(self, spec: AttachSpec) -> BusDevice:
         path = self.directory / f"vhost-vdpa-{spec.volume_id}"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csi_vduse.backends.base import Backend
 from csi_vduse.backends.file import FilePool
 from csi_vduse.backends.pools import Pools
 from csi_vduse.proto import csi_pb2
@@ -88,13 +89,14 @@ class Stack:
         agent: FakeAgent | None = None,
         life: Life | None = None,
         pool_names: tuple[str, ...] = ("default",),
+        more: tuple[Backend, ...] = (),
     ) -> None:
         self.directory = directory
         self.agent = agent or FakeAgent()
         life = life or Life()
         self._registry = DirectoryRegistry(directory / "state")
         self.registry: Any = Mortal(self._registry, life)
-        self.backends = []
+        self.backends: list[Backend] = list(more)
         for name in pool_names:
             (directory / name).mkdir(exist_ok=True)
             memory = directory / "state/pools" / f"{name}.json"
