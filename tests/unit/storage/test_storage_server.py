@@ -17,6 +17,7 @@ from csi_vduse.errors import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    Pending,
     Unavailable,
     VduseError,
 )
@@ -157,7 +158,7 @@ async def test_unpublish_returns_when_requests_in_flight_are_done(server):
     await server.create("v1", SIZE)
     old = await publish(server, node="a")
     client = await connect(old.uri)
-    block = server._block
+    block = server._core.block
     group = {"qom-type": "throttle-group", "id": "slow", "x-iops-write": 1, "x-iops-write-max": 1}
     await block.qmp.execute("object-add", group)
     await block.qmp.execute(
@@ -304,6 +305,40 @@ async def test_a_copy_that_takes_too_long_leaves_nothing(server, config):
     await server.copy(volume("v1"), snapshot("s1"), SIZE, timeout_s=60)
 
 
+async def test_a_copy_that_is_being_made_does_not_delay_a_fence(server, monkeypatch):
+    await server.create("v1", SIZE)
+    old = await connect((await publish(server)).uri)
+    old.write(0, BLOCK)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    copy = server._core.block.copy
+
+    async def slow(*args, **kwargs):
+        begun.set()
+        await go_on.wait()
+        await copy(*args, **kwargs)
+
+    monkeypatch.setattr(server._core.block, "copy", slow)
+    copying = asyncio.create_task(server.copy(volume("v1"), snapshot("s1"), SIZE, timeout_s=60))
+    await begun.wait()
+    await server.unpublish("v1", "a")
+    with pytest.raises(CutOff):
+        old.write(0, BLOCK)
+    new = await connect((await publish(server, node="b")).uri)
+    new.write(MIB, BLOCK)
+    for refused in (server.expand("v1", 2 * SIZE), server.delete(volume("v1"))):
+        with pytest.raises(Pending):
+            await refused
+    await server.unpublish("v1")
+    with pytest.raises(Pending):
+        await server.delete(volume("v1"))
+    go_on.set()
+    await copying
+    await server.delete(volume("v1"))
+    await server.copy(snapshot("s1"), volume("v2"), SIZE, timeout_s=60)
+    assert await content(server, "v2") == BLOCK
+    assert server._core.block.nodes == set()
+
+
 async def test_copies_of_nothing_and_copies_too_small_are_refused(server):
     await server.create("v1", SIZE)
     with pytest.raises(NotFound):
@@ -346,7 +381,7 @@ async def test_calls_while_the_daemon_is_away_are_unavailable_at_once(server):
     await server.create("v1", SIZE)
     pid = server.daemon_pid
     os.kill(pid, signal.SIGKILL)
-    await server._block.qmp.gone.wait()
+    await server._core.block.qmp.gone.wait()
     begun_s = time.monotonic()
     with pytest.raises(Unavailable):
         await publish(server)
@@ -368,8 +403,8 @@ async def test_a_storage_server_that_was_killed_finds_its_daemon_serving(config)
     pid = server.daemon_pid
     await _abandon(server)
     # Killed between the record and the act: the export is there, its publication has been taken back.
-    image = server._store.find(volume("v2"))
-    server._store.save(type(image)(image.key, image.format, image.size_bytes, image.epoch))
+    image = server._core.store.find(volume("v2"))
+    server._core.store.save(type(image)(image.key, image.format, image.size_bytes, image.epoch))
     async with started(config) as second:
         assert second.daemon_pid == pid
         assert client.read(MIB, len(BLOCK)) == BLOCK, "the client was cut off"
@@ -387,7 +422,7 @@ async def _abandon(server):
 
 
 def _lock_fds(server):
-    path = str(server._config.directory / ".lock")
+    path = str(server._core.config.directory / ".lock")
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if str(link.readlink()) == path:
