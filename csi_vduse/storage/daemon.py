@@ -85,8 +85,8 @@ class Daemon:
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
                 try:
                     await self._bring_up()
-                except (VduseError, OSError) as error:
-                    log.get().error("qemu-storage-daemon does not come up", error=str(error))
+                except Exception as error:  # noqa: BLE001 - whatever it is, nobody else would try again
+                    log.get().error("qemu-storage-daemon does not come up", error=repr(error))
                 else:
                     break
 
