@@ -217,7 +217,7 @@ void *nbd_connector_run(void *argument)
         }
         if (n->spare.fd >= 0) {
             link = n->spare;
-            n->spare.fd = -1;
+            n->spare = (struct nbd_link){ .fd = -1 };
             hand_over(n, &link);
             continue;
         }
