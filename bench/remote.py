@@ -88,9 +88,13 @@ def measure(effort: Effort) -> dict[str, Any]:
     found = Found()
     counts: list[dict[str, object]] = []
     chosen = os.environ.get("BENCH_REMOTE_SERVERS", "")
-    with running(["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]) as kit:
+    with running(
+        ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]
+    ) as kit:
         with ExitStack() as up:
-            targets = _start(up, found, [s for s in servers() if not chosen or s.name in chosen.split("|")], kit.pid)
+            targets = _start(
+                up, found, [s for s in servers() if not chosen or s.name in chosen.split("|")], kit.pid
+            )
             _fill(targets)
             for number in range(max(effort.rounds, effort.wide_rounds)):
                 for job in JOBS if number < effort.wide_rounds else TARGET_JOBS:

@@ -18,7 +18,12 @@ DEFAULT_PORT: Final = 10809
 MAX_NAME_BYTES: Final = 4096  # of an export (NBD protocol, "Values", strings)
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7)
 _MAX_PORT = 65535
-_SCHEMES = {"nbd": (False, False), "nbds": (False, True), "nbd+unix": (True, False), "nbds+unix": (True, True)}
+_SCHEMES = {
+    "nbd": (False, False),
+    "nbds": (False, True),
+    "nbd+unix": (True, False),
+    "nbds+unix": (True, True),
+}
 _TLS_PARAMETERS = ("tls-certificates", "tls-psk-file", "tls-hostname")
 _HINT = "for example nbd://HOST:10809/EXPORT or nbd+unix:///EXPORT?socket=/PATH"
 
@@ -82,7 +87,9 @@ def parse_with_tls(text: str) -> tuple[str, NbdTls | None]:
         raise InvalidArgument(f"unknown parameter {min(options)!r} in {text!r}", hint=_HINT)
     if not address.tls:
         if chosen:
-            raise InvalidArgument(f"{min(chosen)} without TLS in {text!r}", hint="use nbds:// or nbds+unix://")
+            raise InvalidArgument(
+                f"{min(chosen)} without TLS in {text!r}", hint="use nbds:// or nbds+unix://"
+            )
         return render(address), None
     paths = {name: Path(chosen[name]).absolute() if name in chosen else None for name in _TLS_PARAMETERS[:2]}
     tls = NbdTls(paths["tls-certificates"], paths["tls-psk-file"], chosen.get("tls-hostname", ""))
