@@ -6,12 +6,13 @@ so that the client raises what the agent raised.
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import grpc
 
 from csi_vduse import errors
-from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, State, VolumeStats
+from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, RemoteStats, State, VolumeStats
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NbdTls, NullBackend
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import InvalidArgument, VduseError
@@ -212,6 +213,7 @@ def stats_to_wire(stats: VolumeStats) -> agent_pb2.VolumeStats:
         bounce_bytes=stats.bounce_bytes,
         throttled=stats.throttled,
         throttled_s=stats.throttled_s,
+        remote=agent_pb2.RemoteStats(**asdict(stats.remote)) if stats.remote else None,
     )
 
 
@@ -243,7 +245,13 @@ def stats_from_wire(message: agent_pb2.VolumeStats) -> VolumeStats:
         bounce_bytes=message.bounce_bytes,
         throttled=message.throttled,
         throttled_s=message.throttled_s,
+        remote=_remote_from_wire(message.remote) if message.HasField("remote") else None,
     )
+
+
+def _remote_from_wire(message: agent_pb2.RemoteStats) -> RemoteStats:
+    values = {field.name: getattr(message, field.name) for field in fields(RemoteStats)}
+    return RemoteStats(**{**values, "latency": tuple(message.latency)})
 
 
 def error_status(error: VduseError) -> tuple[grpc.StatusCode, str, Metadata]:

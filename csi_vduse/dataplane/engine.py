@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from csi_vduse.dataplane import nbd_config
@@ -36,6 +36,7 @@ FAULTS: Final = (
     "io_uring",
     "in-flight-log",
 )
+BACKEND_STATES: Final = ("local", "connected", "connecting", "refused")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class QueueAddress:
     notify_fd: int
     notify_ioctl: int
     inflight: mmap.mmap | memoryview | None = None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """How a backend's connections are: a name of BACKEND_STATES and why, connections made, attempts that failed."""
+
+    state: str
+    reason: str
+    connects: int
+    failures: int
 
 
 @dataclass(frozen=True)
@@ -289,7 +300,19 @@ class Engine:
         sums = {name: sum(getattr(q, name) for q in queues) for name in _SUMMED}
         merged = {name: _merged([getattr(q, name) for q in queues]) for name in ("batch_sizes", "depths")}
         throttled_s = sum(q.throttled_ns for q in queues) / 1e9
-        return {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+        counted = {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+        status = self.backend_status()
+        return counted | ({"remote": _remote(queues) | asdict(status)} if status else {})
+
+    def backend_status(self) -> BackendStatus | None:
+        """Return how the backend's connections are; None for one that has none."""
+        info = ffi.new("struct vd_backend_info *")
+        lib.vd_engine_backend_info(self._engine, info)
+        if not info.status.state:
+            return None
+        status = info.status
+        state, reason = BACKEND_STATES[status.state], nbd_config.text(status.reason)
+        return BackendStatus(state, reason, int(status.connects), int(status.failures))
 
     def _stats(self) -> list[Any]:
         queues = [ffi.new("struct vd_queue_stats *") for _ in range(self._max_queues)]
@@ -300,6 +323,28 @@ class Engine:
 
 # The sum of the queues' maxima of data_max_bytes is at least the maximum of the whole device.
 _SUMMED: Final = ("in_flight", "kicks", "interrupts", "batches", "malformed", "throttled", "data_max_bytes")
+
+
+_REMOTE_SUMMED: Final = (
+    "commands",
+    "sends",
+    "receives",
+    "received_bytes",
+    "copied_bytes",
+    "resent",
+    "losses",
+    "connected",
+)
+
+
+def _remote(queues: Sequence[Any]) -> dict[str, Any]:
+    of_queues = [queue.remote for queue in queues]
+    sums = {name: int(sum(getattr(r, name) for r in of_queues)) for name in _REMOTE_SUMMED}
+    return sums | {
+        "latency_sum_s": sum(r.latency_ns for r in of_queues) / 1e9,
+        "latency_max_s": max(r.latency_max_ns for r in of_queues) / 1e9,
+        "latency": _merged([r.latency for r in of_queues]),
+    }
 
 
 def _merged(histograms: Sequence[Any]) -> list[int]:

@@ -102,7 +102,7 @@ def error(number: int, uri: str, reason: str) -> VduseError:
     """Return the error for a connection that could not be made."""
     message = f"{uri}: {reason or os.strerror(number)}"
     match number:
-        case errno.ENOENT if "export" in reason:
+        case errno.ENOENT:
             return NotFound(message)
         case errno.EACCES:
             return PermissionDenied(message)

@@ -23,7 +23,7 @@ import structlog
 from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, throttle
 from csi_vduse.dataplane.device import Device, DeviceSpec
-from csi_vduse.dataplane.engine import Engine
+from csi_vduse.dataplane.engine import BackendStatus, Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, VduseError
@@ -57,6 +57,7 @@ class Worker:
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarm_muted_until = 0.0
         self._failures_logged = 0
+        self._backend_told = ("connected", "")
         self._resume_at: float | None = None
         self._running = True
         self._listener = _listen(listen_path)
@@ -216,12 +217,24 @@ class Worker:
                 error=failure.error,
             )
             self._failures_logged = failure.count
+        self._tell_backend(engine.backend_status())
         for queue, fault in engine.faults().items():
             self._log.error(
                 "queue stopped: the driver broke the ring's rules",
                 queue=queue,
                 fault=fault,
                 hint="it needs a reset",
+            )
+
+    def _tell_backend(self, status: BackendStatus | None) -> None:
+        if status is None or (status.state, status.reason) == self._backend_told:
+            return
+        self._backend_told = (status.state, status.reason)
+        if status.state == "connected":
+            self._log.info("connected to the server")
+        else:
+            self._log.warning(
+                "no connection to the server; requests wait", state=status.state, reason=status.reason
             )
 
     # Time

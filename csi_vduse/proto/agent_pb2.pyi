@@ -627,6 +627,7 @@ class VolumeStats(_message.Message):
     BOUNCE_BYTES_FIELD_NUMBER: _builtins.int
     THROTTLED_FIELD_NUMBER: _builtins.int
     THROTTLED_S_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     backend: _builtins.str
     in_flight: _builtins.int
@@ -653,6 +654,10 @@ class VolumeStats(_message.Message):
     def depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The same, by how many requests were in flight when a batch had been taken."""
 
+    @_builtins.property
+    def remote(self) -> Global___RemoteStats:
+        """only of a backend behind a network"""
+
     def __init__(
         self,
         *,
@@ -670,14 +675,93 @@ class VolumeStats(_message.Message):
         bounce_bytes: _builtins.int = ...,
         throttled: _builtins.int = ...,
         throttled_s: _builtins.float = ...,
+        remote: Global___RemoteStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "throttled", b"throttled", "throttled_s", b"throttled_s", "volume_id", b"volume_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "remote", b"remote", "throttled", b"throttled", "throttled_s", b"throttled_s", "volume_id", b"volume_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VolumeStats: _TypeAlias = VolumeStats  # noqa: Y015
+
+@_typing.final
+class RemoteStats(_message.Message):
+    """All queues together, since the worker started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    CONNECTS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    RESENT_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
+    SENDS_FIELD_NUMBER: _builtins.int
+    RECEIVES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    LATENCY_SUM_S_FIELD_NUMBER: _builtins.int
+    LATENCY_MAX_S_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """connected, connecting, refused"""
+    reason: _builtins.str
+    """why it is not connected"""
+    connected: _builtins.int
+    """connections in use now"""
+    connects: _builtins.int
+    """made"""
+    failures: _builtins.int
+    """attempts that failed"""
+    losses: _builtins.int
+    """connections that were lost"""
+    resent: _builtins.int
+    """commands sent again because their connection was lost"""
+    commands: _builtins.int
+    """answered"""
+    sends: _builtins.int
+    """each moved many commands"""
+    receives: _builtins.int
+    received_bytes: _builtins.int
+    """payload"""
+    copied_bytes: _builtins.int
+    """of that, what had to be copied to its place"""
+    latency_sum_s: _builtins.float
+    """from sent to answered: the network's and the server's part"""
+    latency_max_s: _builtins.float
+    @_builtins.property
+    def latency(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """as in OperationStats"""
+
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        connected: _builtins.int = ...,
+        connects: _builtins.int = ...,
+        failures: _builtins.int = ...,
+        losses: _builtins.int = ...,
+        resent: _builtins.int = ...,
+        commands: _builtins.int = ...,
+        sends: _builtins.int = ...,
+        receives: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        copied_bytes: _builtins.int = ...,
+        latency_sum_s: _builtins.float = ...,
+        latency_max_s: _builtins.float = ...,
+        latency: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands", "connected", b"connected", "connects", b"connects", "copied_bytes", b"copied_bytes", "failures", b"failures", "latency", b"latency", "latency_max_s", b"latency_max_s", "latency_sum_s", b"latency_sum_s", "losses", b"losses", "reason", b"reason", "received_bytes", b"received_bytes", "receives", b"receives", "resent", b"resent", "sends", b"sends", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoteStats: _TypeAlias = RemoteStats  # noqa: Y015
 
 @_typing.final
 class OperationStats(_message.Message):

@@ -132,10 +132,12 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
 
     reason[0] = 0;
     error = n->target.socket[0] ? connect_unix(&s, n->target.socket) : connect_tcp(&s, &n->target, reason);
-    if (error && !reason[0])
-        snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
-    if (!error)
-        error = nbd_negotiate(&s, &n->target, &link->export, reason);
+    if (error) {
+        if (!reason[0])
+            snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
+        return error == -ECANCELED ? error : -ECONNREFUSED; /* what else the numbers say is said of an export */
+    }
+    error = nbd_negotiate(&s, &n->target, &link->export, reason);
     if (!error)
         error = check_fit(n, &link->export, reason);
     link->fd = s.fd;
@@ -215,7 +217,7 @@ void *nbd_connector_run(void *argument)
         }
         if (n->spare.fd >= 0) {
             link = n->spare;
-            n->spare.fd = -1;
+            n->spare = (struct nbd_link){ .fd = -1 };
             hand_over(n, &link);
             continue;
         }

@@ -235,7 +235,7 @@ static int greet(struct nbd_stream *s, bool *zeroes, char *reason)
 int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct nbd_export *e,
                   char reason[NBD_REASON_BYTES])
 {
-    bool zeroes;
+    bool zeroes = true;
     int answer = greet(s, &zeroes, reason);
 
     *e = (struct nbd_export){ .min_block = 1, .max_payload = DEFAULT_MAX_PAYLOAD };

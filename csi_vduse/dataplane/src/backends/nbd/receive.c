@@ -204,6 +204,8 @@ static void predict(struct nbd_queue *nq)
 
         if (slot == nq->reply.slot && nq->in_payload)
             continue;
+        if (slot->received)
+            break; /* a wrong guess must not overwrite the chunks that are here */
         if (bytes + header > NBD_SPILL_BYTES || room < 2 || have >= header)
             break;
         if (payload > NBD_SPILL_BYTES - bytes - header)
