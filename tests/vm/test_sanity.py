@@ -114,11 +114,12 @@ def test_csi_sanity_passes_on_vduse_devices(tmp_path: Path, access_type: str) ->
 
 
 @pytest.mark.parametrize(("access_type", "image_format"), [("mount", "raw"), ("block", "qcow2")])
-def test_csi_sanity_passes_with_a_storage_server(tmp_path: Path, access_type: str, image_format: str) -> None:
+def test_csi_sanity_passes_with_a_storage_server(
+    tmp_path_factory: pytest.TempPathFactory, access_type: str, image_format: str
+) -> None:
     csi_sanity.build()
-    server, driver = tmp_path / "server", tmp_path / "driver"
-    server.mkdir()
-    driver.mkdir()
+    # Short names: a worker's socket below them has to fit.
+    server, driver = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("driver")
     pool = f"nbd:unix:{server}/control.sock"
     with storage_server(server, "--format", image_format), standalone(driver, default=pool) as endpoint:
         done = subprocess.run(
