@@ -109,7 +109,7 @@ class Block:
                 self.nodes.add(node)
                 return
         assert failure is not None  # noqa: S101 - the loop has run
-        if is_refusal(failure, "lock"):
+        if is_refusal(failure, '" lock'):
             raise Unavailable(f"image {path} is in use by another process", hint="retry") from failure
         raise DataLoss(
             f"image {path} cannot be opened: {failure.message}", hint="is the file there and untouched?"

@@ -148,6 +148,17 @@ class Publications:
             else:
                 self._unserved.discard(key)
 
+    async def resume(self, block: Block, image: Image) -> None:
+        """Serve a volume again whose exports were closed for a moment; what does not work now is tried again.
+
+        The caller has the image for itself.
+        """
+        try:
+            await self._serve(block, image)
+        except VduseError as error:
+            log.get().error("volume cannot be served yet", volume_id=image.key.id, error=str(error))
+            self._unserved.add(image.key)
+
     async def _close_publications(self, block: Block, image: Image, unwanted: Iterable[Publication]) -> Image:
         """Close exports for good: record that, close, record that it is done."""
         names = {one.export for one in unwanted}

@@ -159,14 +159,13 @@ class StorageServer:
             async with AsyncExitStack() as undo:
                 await self._opened(block, image, undo)
                 if await block.size_bytes(node_of(image)) < size_bytes:
-                    serving = [one for one in image.publications if one.export in block.exports]
-                    for one in serving:
-                        await block.remove_export(one.export)
                     try:
+                        for one in image.publications:
+                            if one.export in block.exports:
+                                await block.remove_export(one.export)
                         await block.resize(node_of(image), size_bytes)
                     finally:
-                        for one in serving:
-                            await block.add_export(one.export, node_of(image), read_only=one.read_only)
+                        await self._publications.resume(block, image)
             await self._core.disk(
                 self._core.store.save, replace(image, size_bytes=max(image.size_bytes, size_bytes))
             )

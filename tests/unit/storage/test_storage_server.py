@@ -13,11 +13,13 @@ import pytest
 
 from csi_vduse.errors import (
     AlreadyExists,
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
     OutOfRange,
     Pending,
+    ResourceExhausted,
     Unavailable,
     VduseError,
 )
@@ -247,6 +249,19 @@ async def test_a_volume_grows_while_it_is_used(server, config):
     check_images(config)
 
 
+async def test_a_volume_that_could_not_grow_is_served_as_before(server, monkeypatch):
+    await server.create("v1", SIZE)
+    published = await publish(server)
+
+    async def fails(*_args):
+        raise ResourceExhausted("full")
+
+    monkeypatch.setattr(server._core.block, "resize", fails)
+    with pytest.raises(ResourceExhausted):
+        await server.expand("v1", 2 * SIZE)
+    assert (await connect(published.uri)).size_bytes == SIZE
+
+
 async def test_a_snapshot_is_independent_of_its_volume(server, config):
     await server.create("v1", SIZE)
     await write(server)
@@ -467,7 +482,7 @@ async def test_an_image_that_is_damaged_does_not_keep_others_away(config):
     image.rename(image.with_name("elsewhere"))
     async with started(config) as server:
         (await connect((await publish(server, "v2")).uri)).close()
-        with pytest.raises(VduseError):
+        with pytest.raises(DataLoss):
             await publish(server, "v1")
         image.with_name("elsewhere").rename(image)
         (await connect((await publish(server, "v1")).uri)).close()
