@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-from csi_vduse import log
 from csi_vduse.backends.nbd import NbdPool, data_path, parse_location
 from csi_vduse.backends.pools import open_pools
 from csi_vduse.config import parse_pool
@@ -28,7 +27,6 @@ from tests.unit.storage.nbd_client import CutOff, NbdClient, Refused
 
 @pytest.fixture
 def config(tmp_path):
-    log.configure(level="CRITICAL", component="test")
     (tmp_path / "images").mkdir()
     return ServerConfig(
         directory=tmp_path / "images",

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from csi_vduse import log
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.model import Format
 from csi_vduse.storage.server import StorageServer
@@ -19,7 +18,6 @@ def image_format(request) -> Format:
 
 @pytest.fixture
 def config(tmp_path: Path, image_format: Format) -> ServerConfig:
-    log.configure(level="CRITICAL", component="test")
     (tmp_path / "pool").mkdir()
     return ServerConfig(
         directory=tmp_path / "pool",

@@ -7,7 +7,6 @@ import ssl
 
 import pytest
 
-from csi_vduse import log
 from csi_vduse.errors import PermissionDenied, Unavailable
 from csi_vduse.storage.client import StorageClient
 from csi_vduse.storage.config import CONTROLLER_NAME, Address, ServerConfig, Tls
@@ -43,7 +42,6 @@ def directories(authority):
 @pytest.fixture
 async def address(tmp_path, directories):
     """A running server's control address."""
-    log.configure(level="CRITICAL", component="test")
     (tmp_path / "pool").mkdir()
     config = ServerConfig(
         directory=tmp_path / "pool",
