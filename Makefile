@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := $(or $(LAB_RESULTS),$(or $(CSI_VDUSE_CACHE),.cache)/results)
 STAMP := $(VENV)/.installed
-ENGINE := $(wildcard csi_vduse/dataplane/src/*.[ch] csi_vduse/dataplane/src/backends/*.c csi_vduse/dataplane/decl/*.h)
+ENGINE := $(wildcard csi_vduse/dataplane/src/*.[ch] csi_vduse/dataplane/src/backends/*.c csi_vduse/dataplane/src/backends/*/*.[ch] csi_vduse/dataplane/decl/*.h)
 SHELL := /bin/sh
 IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -p no:cacheprovider
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status

@@ -38,10 +38,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """A device, and the processes that serve it; none if the kernel does."""
+    """A device, and the processes that serve it; none if the kernel does.
+
+    options: lines of fio's job file beside the usual ones; with an `uri` there is no device, fio goes there itself.
+    """
 
     device: Path
     pids: tuple[int, ...]
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ def run(
 def _section(name: str, target: Target) -> str:
     """The part of fio's job file for one device. With several threads each takes looks of its own ($$)."""
     words = shlex.join(cpu.files(target.pids))
-    lines = [f"[{name}]", "stonewall", f"filename={target.device}"]
+    place = target.options or (f"filename={target.device}",)
+    lines = [f"[{name}]", "stonewall", *place]
     # fio appends a redirection of its own, which the `:` takes.
     lines += [f"exec_{when}run=cat {words} > look.{name}.{when}.$$ || :" for when in ("pre", "post")]
     return "\n".join(lines) + "\n"

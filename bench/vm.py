@@ -59,7 +59,7 @@ def measure(effort: Effort, folder: Path = SCRATCH) -> dict[str, Any]:
     tool("modprobe", "-a", "vduse", "virtio-vdpa", "vhost-vdpa")
     image = folder / "bench.img"
     _fill(image)
-    found = _Found()
+    found = Found()
     try:
         for queues in (1, 2):
             try:
@@ -76,13 +76,15 @@ def measure(effort: Effort, folder: Path = SCRATCH) -> dict[str, Any]:
     return {"conditions": about, "runs": found.runs, "missing": found.missing}
 
 
-class _Found:
+class Found:
+    """What was measured and what could not be."""
+
     def __init__(self) -> None:
         self.runs: list[Run] = []
         self.missing: list[Missing] = []
 
 
-def _measure(found: _Found, everybody: Sequence[Server], queues: int, effort: Effort) -> None:
+def _measure(found: Found, everybody: Sequence[Server], queues: int, effort: Effort) -> None:
     with ExitStack() as up:
         targets: dict[str, tuple[Server, fio.Target]] = {}
         for server in everybody:
@@ -108,12 +110,13 @@ def _measure(found: _Found, everybody: Sequence[Server], queues: int, effort: Ef
                 if fio.HUNG in answers.values():
                     raise BenchError(f"{job.name}: {fio.HUNG}")
                 for name, answer in answers.items():
-                    _keep(found, targets[name][0], answer, job=job.name, queues=queues, number=number)
+                    keep(found, targets[name][0], answer, job=job.name, queues=queues, number=number)
 
 
-def _keep(
-    found: _Found, server: Server, answer: fio.Figures | str, *, job: str, queues: int, number: int
+def keep(
+    found: Found, server: Server, answer: fio.Figures | str, *, job: str, queues: int, number: int
 ) -> None:
+    """Keep an answer of fio's, and print it."""
     if isinstance(answer, str):
         found.missing.append(Missing(server.name, server.kind, f"{job}, queues: {queues}", answer))
         print(f"bench: round {number}, {job}, {server.name} {server.kind}: {answer}", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from csi_vduse.errors import InvalidArgument
 
-POOL_KINDS = ("file",)
+POOL_KINDS = ("file", "nbd")
 DEFAULT_RUN_DIR = Path("/run/csi-vduse")
 DEFAULT_STATE_DIR = Path("/var/lib/csi-vduse")
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path less its terminator, unix(7)
@@ -23,7 +23,10 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """A place volumes are made in: `location` is a directory for kind "file"."""
+    """A place volumes are made in.
+
+    location: a directory for kind "file"; ADDRESS[?tls=DIR] of a storage server for kind "nbd".
+    """
 
     name: str
     kind: str
@@ -70,6 +73,7 @@ class StandaloneConfig:
         state_dir: survives a reboot; the registry is below it.
         pools: at least one, names unique.
         agent: the agent's part.
+        peer_nodes: ids of other nodes that volumes may be published to.
     """
 
     endpoint: str
@@ -77,6 +81,7 @@ class StandaloneConfig:
     state_dir: Path
     pools: tuple[PoolConfig, ...]
     agent: AgentConfig = field(default_factory=AgentConfig)
+    peer_nodes: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -102,7 +107,7 @@ def parse_pool(text: str) -> PoolConfig:
         raise InvalidArgument(
             f"pool {name!r} has unknown kind {kind!r}", hint=f"known kinds: {', '.join(POOL_KINDS)}"
         )
-    if not location.startswith("/"):
+    if kind == "file" and not location.startswith("/"):
         raise InvalidArgument(f"pool {name!r}: {location!r} is not an absolute path")
     return PoolConfig(name, kind, location)
 

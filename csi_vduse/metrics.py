@@ -59,6 +59,58 @@ class Operation(Protocol):
         """Histogram of the time each took; csi_vduse/histogram.py."""
 
 
+class Remote(Protocol):
+    """Counters of a backend behind a network; csi_vduse.agent.model.RemoteStats."""
+
+    @property
+    def state(self) -> str:
+        """connected, connecting or refused."""
+
+    @property
+    def connected(self) -> int:
+        """Connections in use."""
+
+    @property
+    def connects(self) -> int:
+        """Connections made."""
+
+    @property
+    def failures(self) -> int:
+        """Attempts that failed."""
+
+    @property
+    def losses(self) -> int:
+        """Connections lost."""
+
+    @property
+    def resent(self) -> int:
+        """Commands sent again."""
+
+    @property
+    def sends(self) -> int:
+        """Sends, of many commands each."""
+
+    @property
+    def receives(self) -> int:
+        """Receives, of many replies each."""
+
+    @property
+    def received_bytes(self) -> int:
+        """Payload received."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of that, copied."""
+
+    @property
+    def latency_sum_s(self) -> float:
+        """Time from sent to answered, of all commands together."""
+
+    @property
+    def latency(self) -> Sequence[int]:
+        """Histogram of it; csi_vduse/histogram.py."""
+
+
 class Volume(Protocol):
     """Counters of one worker; csi_vduse.agent.model.VolumeStats."""
 
@@ -117,6 +169,10 @@ class Volume(Protocol):
     @property
     def bounce_bytes(self) -> int:
         """Bounce memory of the device; 0: none."""
+
+    @property
+    def remote(self) -> Remote | None:
+        """Of a backend behind a network."""
 
 
 # Counters of every worker, and how many attachments are in each state.
@@ -223,6 +279,45 @@ def _volume_metrics(volumes: Sequence[Volume]) -> Iterator[Metric]:
             latency.add_metric(named, histogram.exported(operation.latency), operation.latency_sum_s)
     yield from (operations, moved, errors, latency, in_flight, batch_sizes, depths)
     yield from (*counters.values(), *gauges.values())
+    yield from _remote_metrics(volumes, labels)
+
+
+_REMOTE_COUNTERS = {
+    "connects": ("csi_vduse_remote_connects", "Connections to the server that were made"),
+    "failures": ("csi_vduse_remote_connect_failures", "Attempts to connect that failed"),
+    "losses": ("csi_vduse_remote_losses", "Connections that were lost"),
+    "resent": ("csi_vduse_remote_resent", "Commands sent again after a loss"),
+    "sends": ("csi_vduse_remote_sends", "Sends, of many commands each"),
+    "receives": ("csi_vduse_remote_receives", "Receives, of many replies each"),
+    "received_bytes": ("csi_vduse_remote_received_bytes", "Payload received"),
+    "copied_bytes": ("csi_vduse_remote_copied_bytes", "Of the payload, what was copied to its place"),
+}
+_REMOTE_STATES = ("connected", "connecting", "refused")
+
+
+def _remote_metrics(volumes: Sequence[Volume], labels: Sequence[str]) -> Iterator[Metric]:
+    states = GaugeMetricFamily(
+        "csi_vduse_remote_state", "1 for the state that the server is in", labels=[*labels, "state"]
+    )
+    connected = GaugeMetricFamily("csi_vduse_remote_connections", "Connections in use", labels=labels)
+    latency = HistogramMetricFamily(
+        "csi_vduse_remote_latency_seconds", "From sent to the server to answered by it", labels=labels
+    )
+    counters = {
+        name: CounterMetricFamily(metric, text, labels=labels)
+        for name, (metric, text) in _REMOTE_COUNTERS.items()
+    }
+    for volume in volumes:
+        remote, values = volume.remote, [volume.volume_id, volume.backend]
+        if remote is None:
+            continue
+        for state in _REMOTE_STATES:
+            states.add_metric([*values, state], remote.state == state)
+        connected.add_metric(values, remote.connected)
+        latency.add_metric(values, histogram.exported(remote.latency), remote.latency_sum_s)
+        for name, family in counters.items():
+            family.add_metric(values, getattr(remote, name))
+    yield from (states, connected, latency, *counters.values())
 
 
 def observe_rpc(method: str, code: str, seconds: float) -> None:

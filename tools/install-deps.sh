@@ -3,7 +3,8 @@
 # Idempotent, and quick when everything is there. What only the laboratory needs is in lab/install-deps.sh.
 set -eu
 
-packages="python3-venv python3-dev gcc g++ libc6-dev make liburing-dev linux-libc-dev e2fsprogs xfsprogs btrfs-progs util-linux kmod"
+packages="python3-venv python3-dev gcc g++ libc6-dev make liburing-dev libssl-dev linux-libc-dev e2fsprogs xfsprogs btrfs-progs util-linux kmod \
+    qemu-utils qemu-system-common openssl"
 missing=
 for package in $packages; do
     dpkg-query -W -f '${db:Status-Abbrev}\n' "$package" 2>/dev/null | grep -q '^ii' || missing="$missing $package"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Inspection",
     "OperationStats",
     "Probe",
+    "RemoteStats",
     "State",
     "VolumeStats",
     "device_name",
@@ -165,6 +166,27 @@ class OperationStats:
 
 
 @dataclass(frozen=True)
+class RemoteStats:
+    """Of a backend behind a network; agent.proto says what each is."""
+
+    state: str
+    reason: str = ""
+    connected: int = 0
+    connects: int = 0
+    failures: int = 0
+    losses: int = 0
+    resent: int = 0
+    commands: int = 0
+    sends: int = 0
+    receives: int = 0
+    received_bytes: int = 0
+    copied_bytes: int = 0
+    latency_sum_s: float = 0
+    latency_max_s: float = 0
+    latency: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class VolumeStats:
     """Counters of one worker since it started; agent.proto says what each is."""
 
@@ -182,6 +204,7 @@ class VolumeStats:
     bounce_bytes: int = 0
     throttled: int = 0
     throttled_s: float = 0
+    remote: RemoteStats | None = None
 
 
 @dataclass(frozen=True)
@@ -302,4 +325,10 @@ def stats_from_json(volume_id: str, backend: str, value: dict[str, Any], *, boun
         bounce_bytes=bounce_bytes,
         throttled=int(value.get("throttled", 0)),
         throttled_s=float(value.get("throttled_s", 0)),
+        remote=_remote_from_json(value["remote"]) if "remote" in value else None,
     )
+
+
+def _remote_from_json(value: dict[str, Any]) -> RemoteStats:
+    known = {field.name: value[field.name] for field in fields(RemoteStats) if field.name in value}
+    return RemoteStats(**{**known, "latency": tuple(known.get("latency", ()))})

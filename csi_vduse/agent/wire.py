@@ -6,13 +6,14 @@ so that the client raises what the agent raised.
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import grpc
 
 from csi_vduse import errors
-from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, State, VolumeStats
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, RemoteStats, State, VolumeStats
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NbdTls, NullBackend
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import InvalidArgument, VduseError
 from csi_vduse.proto import agent_pb2
@@ -45,6 +46,8 @@ def backend_to_wire(backend: BackendSpec) -> agent_pb2.Backend:
     match backend:
         case FileBackend(path):
             return agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(path)))
+        case NbdBackend(uri, tls):
+            return agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=uri, tls=_tls_to_wire(tls)))
         case NullBackend():
             return agent_pb2.Backend(null=agent_pb2.NullBackend())
 
@@ -53,7 +56,7 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
     """Decode where the bytes are.
 
     Raises:
-        InvalidArgument: none given, or a relative path.
+        InvalidArgument: none given, a relative path, or a URI that is none.
     """
     match message.WhichOneof("kind"):
         case "file":
@@ -61,9 +64,28 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
             if not path.is_absolute():
                 raise InvalidArgument(f"backend path {message.file.path!r} is not absolute")
             return FileBackend(path)
+        case "nbd":
+            tls = _tls_from_wire(message.nbd.tls) if message.nbd.HasField("tls") else None
+            return NbdBackend(message.nbd.uri, tls)
         case "null":
             return NullBackend()
-    raise InvalidArgument("the request names no backend", hint="file or null")
+    raise InvalidArgument("the request names no backend", hint="file, nbd or null")
+
+
+def _tls_to_wire(tls: NbdTls | None) -> agent_pb2.NbdTls | None:
+    if tls is None:
+        return None
+    return agent_pb2.NbdTls(
+        certificates=str(tls.certificates or ""), psk_file=str(tls.psk_file or ""), hostname=tls.hostname
+    )
+
+
+def _tls_from_wire(message: agent_pb2.NbdTls) -> NbdTls:
+    return NbdTls(
+        Path(message.certificates) if message.certificates else None,
+        Path(message.psk_file) if message.psk_file else None,
+        message.hostname,
+    )
 
 
 def throttle_to_wire(throttle: Throttle) -> agent_pb2.Throttle:
@@ -194,6 +216,7 @@ def stats_to_wire(stats: VolumeStats) -> agent_pb2.VolumeStats:
         bounce_bytes=stats.bounce_bytes,
         throttled=stats.throttled,
         throttled_s=stats.throttled_s,
+        remote=agent_pb2.RemoteStats(**asdict(stats.remote)) if stats.remote else None,
     )
 
 
@@ -225,7 +248,13 @@ def stats_from_wire(message: agent_pb2.VolumeStats) -> VolumeStats:
         bounce_bytes=message.bounce_bytes,
         throttled=message.throttled,
         throttled_s=message.throttled_s,
+        remote=_remote_from_wire(message.remote) if message.HasField("remote") else None,
     )
+
+
+def _remote_from_wire(message: agent_pb2.RemoteStats) -> RemoteStats:
+    values = {field.name: getattr(message, field.name) for field in fields(RemoteStats)}
+    return RemoteStats(**{**values, "latency": tuple(message.latency)})
 
 
 def error_status(error: VduseError) -> tuple[grpc.StatusCode, str, Metadata]:

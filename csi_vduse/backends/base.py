@@ -6,6 +6,7 @@ repeated after a crash and then continues or finds its work done; nothing blocks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,11 @@ class Backend(Protocol):
         """The backend's name, such as "file"."""
         ...
 
+    @property
+    def needs_hold(self) -> bool:
+        """Whether an attached volume must be held still by its worker while it is copied."""
+        ...
+
     async def check(self) -> None:
         """Prove that the pool is there and is the one we used before."""
         ...
@@ -54,7 +60,7 @@ class Backend(Protocol):
         ...
 
     async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
-        """Make an image with the source's content; the source must not be written meanwhile.
+        """Make an image with the source's content; it must not be written meanwhile if the pool needs_hold.
 
         Args:
             source: the volume to copy.
@@ -104,9 +110,35 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop the threads; the pool is not used afterwards."""
+        """Stop threads and connections; the pool is not used afterwards."""
         ...
 
-    def data_path(self, volume: Volume) -> BackendSpec:
-        """Return what the agent needs to serve the volume."""
+    async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
+        """Let a node use a volume; return what the node must know. The same again gives the same.
+
+        Args:
+            volume: what.
+            node_id: to whom.
+            read_only: the node must not write.
+            shared: another node may write it too.
+
+        Raises:
+            AlreadyExists: the node has it otherwise.
+            FailedPrecondition: another node's use excludes this one.
+        """
+        ...
+
+    async def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Take a volume back; the node can never write it again. Fine if it is not published there.
+
+        node_id: empty for all nodes.
+        """
+        ...
+
+    async def published(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ids of published volumes and of their nodes."""
+        ...
+
+    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+        """Return what the agent needs to serve the volume, after `publish` returned publish_context."""
         ...

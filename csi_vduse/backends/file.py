@@ -16,11 +16,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -31,6 +30,7 @@ from csi_vduse.backends.copying import copy_image
 from csi_vduse.backends.faults import translated
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
 from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition
+from csi_vduse.files import UNFINISHED, allocated_bytes, flush_directory, remove_tree, unfinished
 from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.model import Snapshot, Volume, snapshot_to_json, volume_to_json
 
@@ -41,9 +41,7 @@ KIND = "file"
 IMAGE = "image.raw"
 _META = "meta.json"
 _MARK = "pool.json"
-_UNFINISHED = ".tmp"
 _SMALL_THREADS = 4
-_SECTOR_BYTES = 512  # unit of st_blocks, stat(2)
 # A copy is stopped by its own deadline; the thread's is a little later and only catches a hanging call.
 _COPY_GRACE_S = 30.0
 _TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY)  # rename(2)
@@ -79,6 +77,11 @@ class FilePool:
     def kind(self) -> str:
         """Always "file"."""
         return KIND
+
+    @property
+    def needs_hold(self) -> bool:
+        """An image is copied while it may be written: its worker has to hold still."""
+        return True
 
     async def check(self) -> None:
         """Prove that the directory is there, is one, and carries the mark that we remember."""
@@ -143,14 +146,27 @@ class FilePool:
     async def allocated_bytes(self, of: Volume | Snapshot) -> int:
         """Measure the blocks of the image."""
         path = self._volume_image(of.id) if isinstance(of, Volume) else self._snapshot_image(of.id)
-        return await self._short(_allocated, path)
+        return await self._short(allocated_bytes, path)
 
     async def clean(self) -> None:
         """Remove `*.tmp` below volumes and snapshots: what interrupted calls left."""
         await self._short(self._clean)
 
-    def data_path(self, volume: Volume) -> BackendSpec:
+    async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
+        """Nothing to do and nothing to tell: the image is where the node is."""
+        del volume, node_id, read_only, shared
+        return {}
+
+    async def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Nothing to do."""
+
+    async def published(self) -> Mapping[str, tuple[str, ...]]:
+        """Nothing is remembered."""
+        return {}
+
+    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the image's path."""
+        del publish_context
         return FileBackend(self._volume_image(volume.id).absolute())
 
     def close(self) -> None:
@@ -204,8 +220,8 @@ class FilePool:
         system = os.statvfs(self._directory)
         free_bytes = system.f_bavail * system.f_frsize
         total_bytes = (system.f_blocks - system.f_bfree + system.f_bavail) * system.f_frsize
-        volume_bytes = sum(_allocated(path) for path in self._directory.glob(f"volumes/*/{IMAGE}"))
-        snapshot_bytes = sum(_allocated(path) for path in self._directory.glob(f"snapshots/*/{IMAGE}"))
+        volume_bytes = sum(allocated_bytes(path) for path in self._directory.glob(f"volumes/*/{IMAGE}"))
+        snapshot_bytes = sum(allocated_bytes(path) for path in self._directory.glob(f"snapshots/*/{IMAGE}"))
         # Shared blocks count in every file that shares them, so what remains may come out below zero.
         foreign_bytes = max(0, total_bytes - free_bytes - volume_bytes - snapshot_bytes)
         return PoolUsage(total_bytes, foreign_bytes, snapshot_bytes)
@@ -233,11 +249,11 @@ class FilePool:
         self._check()
         if target.exists():
             return
-        unfinished = _unfinished(target)
-        unfinished.mkdir(parents=True, mode=0o700)
+        temporary = unfinished(target)
+        temporary.mkdir(parents=True, mode=0o700)
         with ExitStack() as undo:
-            undo.callback(_remove_tree, unfinished)
-            image_fd = os.open(unfinished / IMAGE, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            undo.callback(remove_tree, temporary)
+            image_fd = os.open(temporary / IMAGE, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             try:
                 fill(image_fd)
                 if os.fstat(image_fd).st_size != size_bytes:
@@ -245,19 +261,19 @@ class FilePool:
                 os.fsync(image_fd)
             finally:
                 os.close(image_fd)
-            records.write_record(unfinished / _META, meta)
+            records.write_record(temporary / _META, meta)
             if time.monotonic() > until_s + _COPY_GRACE_S / 2:
                 # Nobody waits for this thread any more: an image now would belong to no record.
                 raise DeadlineExceeded(f"{target} took too long", hint="the file system is slow or hangs")
             try:
-                unfinished.rename(target)
+                temporary.rename(target)
             except OSError as error:
                 # A try that had been given up came to its end first; its image is whole.
                 if error.errno not in _TARGET_EXISTS:
                     raise
             else:
                 undo.pop_all()
-        _flush_directory(target.parent)
+        flush_directory(target.parent)
 
     def _expand(self, volume: Volume, capacity_bytes: int) -> None:
         self._verify(volume)
@@ -288,48 +304,22 @@ class FilePool:
 
     def _delete(self, target: Path) -> None:
         self._check()
-        unfinished = _unfinished(target)
+        temporary = unfinished(target)
         try:
-            target.rename(unfinished)
+            target.rename(temporary)
         except FileNotFoundError:
             return
-        _flush_directory(target.parent)
-        _remove_tree(unfinished)
+        flush_directory(target.parent)
+        remove_tree(temporary)
 
     def _clean(self) -> None:
         self._check()
         for part in ("volumes", "snapshots"):
-            for path in self._directory.glob(f"{part}/*{_UNFINISHED}"):
-                _remove_tree(path)
-
-
-def _allocated(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * _SECTOR_BYTES
-    except FileNotFoundError:
-        return 0
-
-
-def _unfinished(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
-
-
-def _remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        return
+            for path in self._directory.glob(f"{part}/*{UNFINISHED}"):
+                remove_tree(path)
 
 
 def _missing(path: Path) -> DataLoss:
     return DataLoss(
         f"image {path} is missing", hint="it was removed outside csi-vduse; restore it from a backup"
     )
-
-
-def _flush_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,8 @@ from pathlib import Path
 from csi_vduse.backends.base import Backend
 from csi_vduse.backends.file import KIND as FILE
 from csi_vduse.backends.file import FilePool
+from csi_vduse.backends.nbd import KIND as NBD
+from csi_vduse.backends.nbd import NbdPool, parse_location
 from csi_vduse.config import PoolConfig
 from csi_vduse.errors import FailedPrecondition, InvalidArgument
 
@@ -28,7 +30,7 @@ class Pools:
         return iter(self._backends.values())
 
     def close(self) -> None:
-        """Stop the pools' threads."""
+        """Stop the pools' threads and connections."""
         for backend in self:
             backend.close()
 
@@ -80,9 +82,13 @@ def open_pools(configs: Iterable[PoolConfig], state_dir: Path) -> Pools:
     """
     backends: list[Backend] = []
     for config in configs:
-        if config.kind != FILE:
-            raise InvalidArgument(f"pool {config.name!r} has unknown kind {config.kind!r}; allowed: {FILE}")
         memory = state_dir / "pools" / f"{config.name}.json"
-        directory = Path(config.location)
-        backends.append(FilePool(config.name, directory, memory=memory))
+        if config.kind == FILE:
+            backends.append(FilePool(config.name, Path(config.location), memory=memory))
+        elif config.kind == NBD:
+            backends.append(NbdPool(config.name, parse_location(config.location), memory=memory))
+        else:
+            raise InvalidArgument(
+                f"pool {config.name!r} has unknown kind {config.kind!r}; allowed: {FILE}, {NBD}"
+            )
     return Pools(backends)

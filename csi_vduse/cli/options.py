@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_size
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane import nbd_config, nbd_uri
+from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NullBackend
+from csi_vduse.dataplane.config_space import SECTOR_BYTES
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.errors import InvalidArgument
 from csi_vduse.vdpa.model import Bus
 
 T = TypeVar("T")
+_SERVER_TIMEOUT_S = 10.0
 Subcommands = Any  # argparse keeps the type of add_subparsers' result to itself
 
 
@@ -63,7 +66,7 @@ def agent_config(options: argparse.Namespace) -> AgentConfig:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Options that describe a device and what it serves."""
     parser.add_argument("--bus", type=Bus, choices=list(Bus), default=Bus.VIRTIO)
-    parser.add_argument("--backend", required=True, metavar="file:PATH|null:SIZE")
+    parser.add_argument("--backend", required=True, metavar="file:PATH|NBD-URI|null:SIZE")
     parser.add_argument("--queues", type=int, default=0, help="0: a default for this machine")
     parser.add_argument("--queue-size", type=int, default=0, help="a power of two; 0: the default")
     parser.add_argument("--block-size", type=int, default=0, help="bytes; 0: 512")
@@ -97,12 +100,17 @@ def throttle_of(options: argparse.Namespace, before: Throttle = UNLIMITED) -> Th
 
 
 def parse_backend(text: str) -> tuple[BackendSpec, int]:
-    """Return the backend and its capacity in bytes, for `file:PATH` or `null:SIZE`.
+    """Return the backend and its capacity in bytes, for `file:PATH`, `null:SIZE` or an NBD URI, whose server is asked.
 
     Raises:
-        InvalidArgument: neither, or the file cannot be looked at.
+        InvalidArgument: none of them, or the file cannot be looked at.
+        VduseError: the server does not answer, or not as it should; csi_vduse/dataplane/nbd_config.py.
     """
     kind, _, rest = text.partition(":")
+    if kind.startswith("nbd"):
+        remote = NbdBackend(*nbd_uri.parse_with_tls(text))
+        size_bytes = nbd_config.probe(remote, timeout_s=_SERVER_TIMEOUT_S).size_bytes
+        return remote, size_bytes // SECTOR_BYTES * SECTOR_BYTES
     if kind == "null" and rest:
         return NullBackend(), parse_size(rest)
     if kind == "file" and rest:
@@ -112,4 +120,4 @@ def parse_backend(text: str) -> tuple[BackendSpec, int]:
                 return FileBackend(path), file.seek(0, 2)
         except OSError as error:
             raise InvalidArgument(f"backend file {path}: {error.strerror}") from error
-    raise InvalidArgument(f"backend {text!r} is not file:PATH or null:SIZE")
+    raise InvalidArgument(f"backend {text!r} is not file:PATH, null:SIZE or an NBD URI")

@@ -22,7 +22,20 @@ def add_parser(subcommands: Subcommands) -> None:
     parser.add_argument("--endpoint", required=True, metavar="unix:///PATH", help="where CSI is served")
     parser.add_argument("--node-id", required=True)
     parser.add_argument("--state-dir", type=Path, default=DEFAULT_STATE_DIR, help="survives a reboot")
-    parser.add_argument("--pool", action="append", default=[], metavar="NAME=file:DIR", help="repeatable")
+    parser.add_argument(
+        "--pool",
+        action="append",
+        default=[],
+        metavar="NAME=KIND:PLACE",
+        help="repeatable: file:DIR, nbd:ADDRESS",
+    )
+    parser.add_argument(
+        "--peer-node",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="another node that volumes may be published to",
+    )
     add_agent_options(parser)
     parser.set_defaults(run=run)
 
@@ -36,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
         state_dir=options.state_dir.absolute(),
         pools=parse_pools(options.pool),
         agent=agent_config(options),
+        peer_nodes=tuple(options.peer_node),
     )
     return run_under_spawner(config.agent, lambda: _services(config))
 

@@ -246,6 +246,8 @@ async def _inspect(options: argparse.Namespace, agent: AgentClient) -> _Rows:
                     **{key: operation[key] for key in ("count", "bytes", "errors", "latency_sum_s")},
                     **_quantiles_us(operation["latency"], operation["latency_max_s"]),
                 }
+        if remote := stats.pop("remote"):
+            row["remote"] = remote | _quantiles_us(remote.pop("latency"), remote["latency_max_s"])
         row |= {key: value for key, value in stats.items() if key != "volume_id"}
     return [row]
 

@@ -28,7 +28,7 @@ ffibuilder.set_source(
     '#include "engine_api.h"',
     sources=SOURCES,
     include_dirs=[str((_HERE / "src").relative_to(_HERE.parent.parent))],
-    libraries=["uring", "pthread"],
+    libraries=["uring", "ssl", "crypto", "pthread"],
     # cffi's own generated code has unused parameters.
     extra_compile_args=[*COMPILE_ARGS, "-Wno-unused-parameter"],
 )

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from csi_vduse.dataplane import nbd_uri
+from csi_vduse.dataplane.nbd_uri import NbdTls
 from csi_vduse.errors import InvalidArgument
+
+__all__ = ["BackendSpec", "FileBackend", "NbdBackend", "NbdTls", "NullBackend", "from_json", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,29 @@ class NullBackend:
 
 
 @dataclass(frozen=True)
+class NbdBackend:
+    """An export of an NBD server.
+
+    Args:
+        uri: by the NBD URI specification, without parameters but `socket`.
+        tls: what TLS is done with; if and only if the URI asks for TLS.
+    """
+
+    uri: str
+    tls: NbdTls | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can never be connected to."""
+        if nbd_uri.parse(self.uri).tls != (self.tls is not None):
+            raise InvalidArgument(f"{self.uri!r} and the keys for TLS do not fit together")
+
+
+@dataclass(frozen=True)
 class ErrorBackend:
     """Every request fails at once. No attachment has it: the device of one that is forced to go is served with it."""
 
 
-BackendSpec = FileBackend | NullBackend
+BackendSpec = FileBackend | NbdBackend | NullBackend
 ServedBackend = BackendSpec | ErrorBackend
 
 
@@ -35,6 +57,8 @@ def to_json(spec: ServedBackend) -> dict[str, Any]:
     match spec:
         case FileBackend(path):
             return {"kind": "file", "path": str(path)}
+        case NbdBackend(uri, tls):
+            return {"kind": "nbd", "uri": uri, "tls": nbd_uri.tls_to_json(tls)}
         case NullBackend():
             return {"kind": "null"}
         case ErrorBackend():
@@ -45,15 +69,18 @@ def from_json(value: dict[str, Any]) -> ServedBackend:
     """Decode what ``to_json`` made.
 
     Raises:
-        InvalidArgument: unknown kind, or a path that is missing or relative.
+        InvalidArgument: unknown kind, a path that is missing or relative, or a URI that is none.
     """
     match value:
         case {"kind": "file", "path": str(path)} if Path(path).is_absolute():
             return FileBackend(Path(path))
+        case {"kind": "nbd", "uri": str(uri), "tls": None | {} as tls}:
+            return NbdBackend(uri, nbd_uri.tls_from_json(tls))
         case {"kind": "null"}:
             return NullBackend()
         case {"kind": "error"}:
             return ErrorBackend()
     raise InvalidArgument(
-        f"unknown backend {value!r}", hint='use {"kind": "file", "path": "/..."} or {"kind": "null"}'
+        f"unknown backend {value!r}",
+        hint='use {"kind": "file", "path": "/..."}, {"kind": "nbd", "uri": "nbd://...", "tls": null} or {"kind": "null"}',
     )

@@ -9,11 +9,12 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from csi_vduse.dataplane import nbd_config
 from csi_vduse.dataplane._engine import ffi, lib
-from csi_vduse.dataplane.backend_spec import ErrorBackend, FileBackend, NullBackend, ServedBackend
+from csi_vduse.dataplane.backend_spec import ErrorBackend, FileBackend, NbdBackend, NullBackend, ServedBackend
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     FailedPrecondition,
@@ -35,6 +36,7 @@ FAULTS: Final = (
     "io_uring",
     "in-flight-log",
 )
+BACKEND_STATES: Final = ("local", "connected", "connecting", "refused")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,16 @@ AWAY_S: Final = 30.0
 
 
 @dataclass(frozen=True)
+class BackendStatus:
+    """How a backend's connections are: a name of BACKEND_STATES and why, connections made, attempts that failed."""
+
+    state: str
+    reason: str
+    connects: int
+    failures: int
+
+
+@dataclass(frozen=True)
 class Failure:
     """The newest request that failed or has to wait: how many of each there were so far, and what happened to it."""
 
@@ -109,13 +121,14 @@ class Engine:
         max_queues: queues that may be started.
         read_only: refuse whatever writes.
         serial: answer to GET_ID, cut to 20 bytes.
-        event_fd: eventfd that is written when a queue faults or a request fails.
+        event_fd: eventfd that is written when a queue faults, a request fails or the backend's state changes.
+        resume: the device exists already and must be served: a server that is away is waited for.
 
     Raises:
-        NotFound, PermissionDenied: the image cannot be opened.
+        NotFound, PermissionDenied: the image or export cannot be opened.
         InvalidArgument: the image is neither a file nor a block device.
-        FailedPrecondition: the image is smaller than the capacity.
-        Unavailable: another worker holds the image.
+        FailedPrecondition: the image or export is smaller than the capacity, or read-only.
+        Unavailable: another worker holds the image; the server does not answer.
     """
 
     def __init__(
@@ -128,19 +141,28 @@ class Engine:
         read_only: bool,
         serial: str,
         event_fd: int,
+        resume: bool = False,
     ) -> None:
         self._max_queues = max_queues
+        keep: list[Any] = []  # what the config points to
+        nbd = ffi.NULL
         match backend:
             case FileBackend(path):
                 name, place = "file", os.fsencode(path)
+            case NbdBackend():
+                name, place = "nbd", backend.uri.encode()
+                nbd = nbd_config.encode(backend, keep, wait=resume)
             case NullBackend():
                 name, place = "null", b""
             case ErrorBackend():
                 name, place = "error", b""
         strings = [ffi.new("char[]", text) for text in (serial.encode(), name.encode(), place)]
+        reason = ffi.new("char[]", nbd_config.REASON_BYTES)
         config = ffi.new(
             "struct vd_config *",
             {
+                "nbd": nbd,
+                "reason": reason,
                 "max_queues": max_queues,
                 "block_size_bytes": block_size_bytes,
                 "capacity_bytes": capacity_bytes,
@@ -154,6 +176,8 @@ class Engine:
         )
         engine = ffi.new("struct vd_engine **")
         result = lib.vd_engine_new(config, engine)
+        if result < 0 and name == "nbd":
+            raise nbd_config.error(-result, os.fsdecode(place), nbd_config.text(reason))
         if result < 0:
             raise _open_error(-result, os.fsdecode(place), capacity_bytes)
         self._engine = engine[0]
@@ -186,8 +210,12 @@ class Engine:
 
         Raises:
             FailedPrecondition: the backend is smaller.
+            Unavailable: the server did not say what size it has.
         """
-        if lib.vd_engine_set_capacity(self._engine, capacity_bytes) < 0:
+        result = lib.vd_engine_set_capacity(self._engine, capacity_bytes)
+        if result < 0 and result != -errno.EINVAL:
+            raise Unavailable(f"the server did not say its size: {os.strerror(-result)}", hint="retry")
+        if result < 0:
             raise FailedPrecondition(
                 f"capacity {capacity_bytes} is not whole sectors within the backend's "
                 f"{self.backend_capacity_bytes} bytes",
@@ -286,7 +314,19 @@ class Engine:
         sums = {name: sum(getattr(q, name) for q in queues) for name in _SUMMED}
         merged = {name: _merged([getattr(q, name) for q in queues]) for name in ("batch_sizes", "depths")}
         throttled_s = sum(q.throttled_ns for q in queues) / 1e9
-        return {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+        counted = {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+        status = self.backend_status()
+        return counted | ({"remote": _remote(queues) | asdict(status)} if status else {})
+
+    def backend_status(self) -> BackendStatus | None:
+        """Return how the backend's connections are; None for one that has none."""
+        info = ffi.new("struct vd_backend_info *")
+        lib.vd_engine_backend_info(self._engine, info)
+        if not info.status.state:
+            return None
+        status = info.status
+        state, reason = BACKEND_STATES[status.state], nbd_config.text(status.reason)
+        return BackendStatus(state, reason, int(status.connects), int(status.failures))
 
     def _stats(self) -> list[Any]:
         queues = [ffi.new("struct vd_queue_stats *") for _ in range(self._max_queues)]
@@ -297,6 +337,28 @@ class Engine:
 
 # The sum of the queues' maxima of data_max_bytes is at least the maximum of the whole device.
 _SUMMED: Final = ("in_flight", "kicks", "interrupts", "batches", "malformed", "throttled", "data_max_bytes")
+
+
+_REMOTE_SUMMED: Final = (
+    "commands",
+    "sends",
+    "receives",
+    "received_bytes",
+    "copied_bytes",
+    "resent",
+    "losses",
+    "connected",
+)
+
+
+def _remote(queues: Sequence[Any]) -> dict[str, Any]:
+    of_queues = [queue.remote for queue in queues]
+    sums = {name: int(sum(getattr(r, name) for r in of_queues)) for name in _REMOTE_SUMMED}
+    return sums | {
+        "latency_sum_s": sum(r.latency_ns for r in of_queues) / 1e9,
+        "latency_max_s": max(r.latency_max_ns for r in of_queues) / 1e9,
+        "latency": _merged([r.latency for r in of_queues]),
+    }
 
 
 def _merged(histograms: Sequence[Any]) -> list[int]:

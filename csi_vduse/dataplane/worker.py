@@ -25,7 +25,7 @@ from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, throttle, versions
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
-from csi_vduse.dataplane.engine import Engine
+from csi_vduse.dataplane.engine import BackendStatus, Engine
 from csi_vduse.dataplane.failure_log import FailureLog
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
@@ -67,6 +67,7 @@ class Worker:
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarm_muted_until = 0.0
         self._failures = FailureLog()
+        self._backend_told = ("connected", "")
         self._resume_at: float | None = None
         self._running = True
         self._listener = _listen(listen_path)
@@ -194,6 +195,7 @@ class Worker:
             read_only=spec.read_only,
             serial=message["serial"],
             event_fd=self._event_fd,
+            resume=bool(message.get("resume")),
         )
 
     def _release(self, *, abandon: bool) -> bool:
@@ -258,12 +260,24 @@ class Worker:
             return
         engine = self._served.engine
         self._failures.tell(engine)
+        self._tell_backend(engine.backend_status())
         for queue, fault in engine.faults().items():
             self._log.error(
                 "queue stopped: the driver broke the ring's rules",
                 queue=queue,
                 fault=fault,
                 hint="it needs a reset",
+            )
+
+    def _tell_backend(self, status: BackendStatus | None) -> None:
+        if status is None or (status.state, status.reason) == self._backend_told:
+            return
+        self._backend_told = (status.state, status.reason)
+        if status.state == "connected":
+            self._log.info("connected to the server")
+        else:
+            self._log.warning(
+                "no connection to the server; requests wait", state=status.state, reason=status.reason
             )
 
     # Time

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from csi_vduse.agent.model import Attachment, AttachSpec, BusDevice, Probe, Stat
 from csi_vduse.dataplane.backend_spec import BackendSpec
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from csi_vduse.node.foreign import ForeignVolumes
 from csi_vduse.node.mounts import DeviceNumber, Mount, device_mounts, node_file, node_file_mounts, read_mounts
 from csi_vduse.volumes.model import State as VolumeState
 from csi_vduse.volumes.model import Volume
@@ -58,15 +59,17 @@ class NodeContext:
         node_id: name of this node in CSI answers.
         agent: owner of devices and workers.
         registry: what volumes are; the node writes only their file system record.
-        data_path: tells where the bytes of a volume are, for the agent.
+        data_path: tells where the bytes of a volume are, for the agent; from what publishing it told too.
         sysfs: where sysfs is mounted.
+        foreign: volumes that the registry does not know; None: there are none.
     """
 
     node_id: str
     agent: Agent
     registry: Registry
-    data_path: Callable[[Volume], BackendSpec]
+    data_path: Callable[[Volume, Mapping[str, str]], BackendSpec]
     sysfs: Path = Path("/sys")
+    foreign: ForeignVolumes | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,24 @@ def attachment_mounts(attachment: Attachment, mounts: tuple[Mount, ...]) -> tupl
     )
 
 
+async def find_volume(node: NodeContext, volume_id: str) -> Volume | None:
+    """Return a volume of the registry, or one that this node was given otherwise, or None."""
+    volume = await node.registry.get_volume(volume_id)
+    if volume is None and node.foreign is not None:
+        return await node.foreign.find(volume_id)
+    return volume
+
+
+async def update_volume(node: NodeContext, volume_id: str, change: Callable[[Volume], Volume]) -> None:
+    """Change the record of a volume, wherever it is.
+
+    Raises:
+        NotFound: no such volume.
+    """
+    if node.foreign is None or not await node.foreign.update(volume_id, change):
+        await node.registry.update_volume(volume_id, change)
+
+
 async def get_volume(node: NodeContext, volume_id: str) -> Volume:
     """Return a volume that is ready for use.
 
@@ -128,7 +149,7 @@ async def get_volume(node: NodeContext, volume_id: str) -> Volume:
         NotFound: unknown, or being deleted.
         Unavailable: still being made.
     """
-    volume = await node.registry.get_volume(volume_id)
+    volume = await find_volume(node, volume_id)
     if volume is None or volume.state is VolumeState.DELETING:
         raise NotFound(f"volume {volume_id!r} does not exist")
     if volume.state is not VolumeState.READY:

@@ -13,7 +13,7 @@ from enum import Enum, auto
 
 from csi_vduse import log
 from csi_vduse.errors import CommandFailed, DataLoss, FailedPrecondition
-from csi_vduse.node.context import NodeContext
+from csi_vduse.node.context import NodeContext, update_volume
 from csi_vduse.node.filesystems import Filesystem
 from csi_vduse.node.probe import Blank, Content, Foreign, Known, probe_content
 from csi_vduse.run import run
@@ -136,7 +136,7 @@ async def ensure_formatted(
 
 async def _record(node: NodeContext, volume_id: str, filesystem: Filesystem, state: FilesystemState) -> None:
     record = FilesystemRecord(filesystem.name, state)
-    await node.registry.update_volume(volume_id, lambda volume: replace(volume, filesystem=record))
+    await update_volume(node, volume_id, lambda volume: replace(volume, filesystem=record))
 
 
 async def _wipe(device: str, size_bytes: int) -> None:

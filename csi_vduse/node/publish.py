@@ -15,10 +15,10 @@ from pathlib import Path
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
 from csi_vduse.node import mounts
 from csi_vduse.node.context import NodeContext, Observed, get_volume, look, serving_device
-from csi_vduse.node.stage import READER_MODES, refuse_impossible
+from csi_vduse.node.stage import refuse_impossible
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.node.usage import file_system_usage
-from csi_vduse.volumes.policy import AccessMode, Use
+from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ a failed stage leaves no mount and no device. What stays is the record of a form
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_vduse import log
@@ -19,22 +20,25 @@ from csi_vduse.node.context import NodeContext, Observed, device_number, get_vol
 from csi_vduse.node.disk import prove_disk
 from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
+from csi_vduse.node.foreign import URI
 from csi_vduse.node.formatting import ensure_formatted
 from csi_vduse.node.options import combine
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.volumes.model import Volume
-from csi_vduse.volumes.policy import AccessMode, Use, objection
-
-READER_MODES = frozenset({AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY})
+from csi_vduse.volumes.policy import READER_MODES, Use, objection
 
 
 @dataclass(frozen=True)
 class StageRequest:
-    """What is to be staged, where and how; the path as check_path returns it."""
+    """What is to be staged, where and how; the path as check_path returns it.
+
+    context: the volume's attributes, and what ControllerPublishVolume told.
+    """
 
     volume_id: str
     staging_path: str
     use: Use
+    context: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read_only(self) -> bool:
@@ -53,12 +57,12 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         Unavailable, DeadlineExceeded: the device cannot be had or does not answer; retry.
         DataLoss: its file system is damaged, or gone.
     """
-    volume = await get_volume(node, request.volume_id)
+    observed = await look(node, request.volume_id)
+    volume = await described_volume(node, request, observed)
     refuse_impossible(volume, request.use)
-    observed = await look(node, volume.id)
     await clear_stale(node, observed, request.staging_path)
     async with AsyncExitStack() as undo:
-        attachment = await attach(node, volume, observed, read_only=request.read_only, undo=undo)
+        attachment = await attach(node, volume, observed, request, undo)
         device = serving_device(attachment)
         if attachment.spec.bus is Bus.VIRTIO:
             await prove_disk(
@@ -75,6 +79,18 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         undo.pop_all()
 
 
+async def described_volume(node: NodeContext, request: StageRequest, observed: Observed) -> Volume:
+    """Return the registry's volume, or one that it does not know and the request describes."""
+    known = await node.registry.get_volume(request.volume_id)
+    if known is not None or node.foreign is None or URI not in request.context:
+        return await get_volume(node, request.volume_id)
+    if observed.attachment is not None:
+        present = await node.foreign.find(request.volume_id)
+        if present is not None:
+            return replace(present, filesystem=None)
+    return await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+
+
 def refuse_impossible(volume: Volume, use: Use) -> None:
     """Refuse what no retry can make possible, before anything is touched."""
     reason = objection(use, backend=volume.backend, bus=volume.parameters.bus)
@@ -84,16 +100,16 @@ def refuse_impossible(volume: Volume, use: Use) -> None:
 
 
 async def attach(
-    node: NodeContext, volume: Volume, observed: Observed, *, read_only: bool, undo: AsyncExitStack
+    node: NodeContext, volume: Volume, observed: Observed, request: StageRequest, undo: AsyncExitStack
 ) -> Attachment:
     """Have the agent attach the volume, or take the attachment that is there if it is the same."""
     parameters = volume.parameters
     spec = AttachSpec(
         volume_id=volume.id,
-        backend=node.data_path(volume),
+        backend=node.data_path(volume, request.context),
         capacity_bytes=volume.capacity_bytes,
         bus=Bus(parameters.bus.value),
-        read_only=read_only,
+        read_only=request.read_only,
         queues=parameters.queues,
         queue_size=parameters.queue_size,
         block_size_bytes=parameters.block_size_bytes,
@@ -106,7 +122,12 @@ async def attach(
         return await node.agent.attach(spec)
     if present.state is not State.ATTACHED:
         return await node.agent.attach(spec)
-    if present.spec.read_only != read_only:
+    if present.spec.backend != spec.backend:
+        raise AlreadyExists(
+            f"volume {volume.id} is staged, but what it is served from is another: it was published anew",
+            hint="unstage it, which lets go of what this node may not use any more, and stage it again",
+        )
+    if present.spec.read_only != request.read_only:
         mode = "read-only" if present.spec.read_only else "writable"
         raise AlreadyExists(
             f"volume {volume.id} is staged {mode}", hint="unstage it before staging it otherwise"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from csi_vduse.errors import DeadlineExceeded, NotFound, Unavailable
 from csi_vduse.node import mounts
-from csi_vduse.node.context import NodeContext, Observed, look
+from csi_vduse.node.context import NodeContext, Observed, find_volume, look
 from csi_vduse.node.health import NOT_ANSWERING, Finding, findings
 from csi_vduse.node.usage import Usage, file_system_usage
 
@@ -60,6 +60,6 @@ async def volume_health(node: NodeContext, volume_id: str) -> tuple[Finding, ...
 
 
 async def _known(node: NodeContext, volume_id: str) -> Observed:
-    if await node.registry.get_volume(volume_id) is None:
+    if await find_volume(node, volume_id) is None:
         raise NotFound(f"volume {volume_id!r} does not exist")
     return await look(node, volume_id)

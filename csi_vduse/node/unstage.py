@@ -39,6 +39,8 @@ async def unstage(node: NodeContext, volume_id: str, staging_path: str) -> None:
             await forget_btrfs_device(mount.source)
     await node.agent.detach(volume_id)
     await prove_gone(node, volume_id, staging_path)
+    if node.foreign is not None:
+        await node.foreign.forget(volume_id)
 
 
 def refuse_published(observed: Observed, staging_path: str) -> None:

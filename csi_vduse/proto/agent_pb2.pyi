@@ -91,6 +91,57 @@ class FileBackend(_message.Message):
 Global___FileBackend: _TypeAlias = FileBackend  # noqa: Y015
 
 @_typing.final
+class NbdTls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    PSK_FILE_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    certificates: _builtins.str
+    """folder"""
+    psk_file: _builtins.str
+    hostname: _builtins.str
+    def __init__(
+        self,
+        *,
+        certificates: _builtins.str = ...,
+        psk_file: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "hostname", b"hostname", "psk_file", b"psk_file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NbdTls: _TypeAlias = NbdTls  # noqa: Y015
+
+@_typing.final
+class NbdBackend(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    @_builtins.property
+    def tls(self) -> Global___NbdTls:
+        """if the URI asks for TLS"""
+
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        tls: Global___NbdTls | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NbdBackend: _TypeAlias = NbdBackend  # noqa: Y015
+
+@_typing.final
 class NullBackend(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,21 +162,25 @@ class Backend(_message.Message):
 
     FILE_FIELD_NUMBER: _builtins.int
     NULL_FIELD_NUMBER: _builtins.int
+    NBD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def file(self) -> Global___FileBackend: ...
     @_builtins.property
     def null(self) -> Global___NullBackend: ...
+    @_builtins.property
+    def nbd(self) -> Global___NbdBackend: ...
     def __init__(
         self,
         *,
         file: Global___FileBackend | None = ...,
         null: Global___NullBackend | None = ...,
+        nbd: Global___NbdBackend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "null", b"null"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "null", b"null"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null", "nbd"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -725,6 +780,7 @@ class VolumeStats(_message.Message):
     BOUNCE_BYTES_FIELD_NUMBER: _builtins.int
     THROTTLED_FIELD_NUMBER: _builtins.int
     THROTTLED_S_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     backend: _builtins.str
     in_flight: _builtins.int
@@ -751,6 +807,10 @@ class VolumeStats(_message.Message):
     def depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The same, by how many requests were in flight when a batch had been taken."""
 
+    @_builtins.property
+    def remote(self) -> Global___RemoteStats:
+        """only of a backend behind a network"""
+
     def __init__(
         self,
         *,
@@ -768,14 +828,93 @@ class VolumeStats(_message.Message):
         bounce_bytes: _builtins.int = ...,
         throttled: _builtins.int = ...,
         throttled_s: _builtins.float = ...,
+        remote: Global___RemoteStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "throttled", b"throttled", "throttled_s", b"throttled_s", "volume_id", b"volume_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "remote", b"remote", "throttled", b"throttled", "throttled_s", b"throttled_s", "volume_id", b"volume_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VolumeStats: _TypeAlias = VolumeStats  # noqa: Y015
+
+@_typing.final
+class RemoteStats(_message.Message):
+    """All queues together, since the worker started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    CONNECTS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    RESENT_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
+    SENDS_FIELD_NUMBER: _builtins.int
+    RECEIVES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    LATENCY_SUM_S_FIELD_NUMBER: _builtins.int
+    LATENCY_MAX_S_FIELD_NUMBER: _builtins.int
+    LATENCY_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """connected, connecting, refused"""
+    reason: _builtins.str
+    """why it is not connected"""
+    connected: _builtins.int
+    """connections in use now"""
+    connects: _builtins.int
+    """made"""
+    failures: _builtins.int
+    """attempts that failed"""
+    losses: _builtins.int
+    """connections that were lost"""
+    resent: _builtins.int
+    """commands sent again because their connection was lost"""
+    commands: _builtins.int
+    """answered"""
+    sends: _builtins.int
+    """each moved many commands"""
+    receives: _builtins.int
+    received_bytes: _builtins.int
+    """payload"""
+    copied_bytes: _builtins.int
+    """of that, what had to be copied to its place"""
+    latency_sum_s: _builtins.float
+    """from sent to answered: the network's and the server's part"""
+    latency_max_s: _builtins.float
+    @_builtins.property
+    def latency(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """as in OperationStats"""
+
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        connected: _builtins.int = ...,
+        connects: _builtins.int = ...,
+        failures: _builtins.int = ...,
+        losses: _builtins.int = ...,
+        resent: _builtins.int = ...,
+        commands: _builtins.int = ...,
+        sends: _builtins.int = ...,
+        receives: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        copied_bytes: _builtins.int = ...,
+        latency_sum_s: _builtins.float = ...,
+        latency_max_s: _builtins.float = ...,
+        latency: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands", "connected", b"connected", "connects", b"connects", "copied_bytes", b"copied_bytes", "failures", b"failures", "latency", b"latency", "latency_max_s", b"latency_max_s", "latency_sum_s", b"latency_sum_s", "losses", b"losses", "reason", b"reason", "received_bytes", b"received_bytes", "receives", b"receives", "resent", b"resent", "sends", b"sends", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoteStats: _TypeAlias = RemoteStats  # noqa: Y015
 
 @_typing.final
 class OperationStats(_message.Message):

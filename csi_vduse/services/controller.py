@@ -1,7 +1,7 @@
 """CSI Controller: every method validates, calls one operation, and answers. Locks and errors are around it.
 
-Publish and unpublish are not offered: a file pool's volume is already where it can be used. Where things
-happen: provisioning.py (volumes), snapshotting.py (snapshots).
+Where things happen: provisioning.py (volumes), snapshotting.py (snapshots), publishing.py (who may use them).
+Publish and unpublish are offered where a pool is not a node's own.
 """
 # ruff: noqa: N802, ARG002, ANN401 - names and signatures are gRPC's
 
@@ -17,12 +17,13 @@ from csi_vduse.services import validation
 from csi_vduse.services.messages import snapshot_message, volume_message
 from csi_vduse.services.paging import page
 from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.publishing import Publisher
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.snapshotting import Snapshotter
 from csi_vduse.volumes import sizes
 from csi_vduse.volumes.context import volume_context
 from csi_vduse.volumes.model import Bus, State, Volume
-from csi_vduse.volumes.policy import objection
+from csi_vduse.volumes.policy import is_shared, objection
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, includes
 
@@ -40,6 +41,11 @@ CAPABILITIES = (
     _Rpc.GET_SNAPSHOT,
     _Rpc.MODIFY_VOLUME,
 )
+PUBLISHING = (
+    _Rpc.PUBLISH_UNPUBLISH_VOLUME,
+    _Rpc.PUBLISH_READONLY,
+    _Rpc.LIST_VOLUMES_PUBLISHED_NODES,
+)
 _HEALTHY = "the image is present and complete"
 
 
@@ -51,6 +57,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         pools: where it lives.
         provisioner: acts on volumes.
         snapshotter: acts on snapshots.
+        publisher: says who may use volumes.
         reservations: knows what room is left.
         segments: the place that volumes here can be used from.
     """
@@ -62,6 +69,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         pools: Pools,
         provisioner: Provisioner,
         snapshotter: Snapshotter,
+        publisher: Publisher,
         reservations: Reservations,
         segments: Segments,
     ) -> None:
@@ -69,6 +77,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self._pools = pools
         self._provisioner = provisioner
         self._snapshotter = snapshotter
+        self._publisher = publisher
         self._reservations = reservations
         self._segments = segments
 
@@ -76,7 +85,8 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: Any
     ) -> csi_pb2.ControllerGetCapabilitiesResponse:
         """Return what is offered, with the volume condition that 1.12 callers look for."""
-        capabilities = [csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=kind)) for kind in CAPABILITIES]
+        offered = (*CAPABILITIES, *(PUBLISHING if self._publisher.offered else ()))
+        capabilities = [csi_pb2.ControllerServiceCapability(rpc=_Rpc(type=kind)) for kind in offered]
         return csi_pb2.ControllerGetCapabilitiesResponse(
             capabilities=[*capabilities, controller_volume_condition_capability()]
         )
@@ -137,9 +147,10 @@ class Controller(csi_pb2_grpc.ControllerServicer):
             max_entries=validation.max_entries(request.max_entries),
             starting_token=request.starting_token,
         )
+        published = await self._publisher.published()
         entries = []
         for volume in shown:
-            status = csi_pb2.ListVolumesResponse.VolumeStatus()
+            status = csi_pb2.ListVolumesResponse.VolumeStatus(published_node_ids=published.get(volume.id, ()))
             problem = await self._problem(volume)
             with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
             entries.append(
@@ -155,7 +166,10 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         """Return one volume and whether its image is whole."""
         volume_id = validation.object_id(request.volume_id, "volume_id")
         volume = await self._provisioner.ready_volume(volume_id)
-        status = csi_pb2.ControllerGetVolumeResponse.VolumeStatus()
+        published = await self._publisher.published()
+        status = csi_pb2.ControllerGetVolumeResponse.VolumeStatus(
+            published_node_ids=published.get(volume.id, ())
+        )
         problem = await self._problem(volume)
         with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
         return csi_pb2.ControllerGetVolumeResponse(
@@ -176,7 +190,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         fitting = [
             backend
             for backend in backends
-            if includes(asked.place, self._segments)
+            if (is_shared(backend.kind) or includes(asked.place, self._segments))
             and not any(objection(use, backend=backend.kind, bus=bus) for use in asked.uses)
         ]
         left = [await self._reservations.available(backend) for backend in fitting]
@@ -233,14 +247,19 @@ class Controller(csi_pb2_grpc.ControllerServicer):
     async def ControllerPublishVolume(
         self, request: csi_pb2.ControllerPublishVolumeRequest, context: Any
     ) -> csi_pb2.ControllerPublishVolumeResponse:
-        """Refuse: not advertised; a file pool's volume is already where it can be used."""
-        raise Unimplemented("ControllerPublishVolume is not offered by this driver")
+        """Let a node use a volume, and tell it where."""
+        self._require_publishing("ControllerPublishVolume")
+        told = await self._publisher.publish(validation.publish_volume(request))
+        return csi_pb2.ControllerPublishVolumeResponse(publish_context=told)
 
     async def ControllerUnpublishVolume(
         self, request: csi_pb2.ControllerUnpublishVolumeRequest, context: Any
     ) -> csi_pb2.ControllerUnpublishVolumeResponse:
-        """Refuse: not advertised, as ControllerPublishVolume."""
-        raise Unimplemented("ControllerUnpublishVolume is not offered by this driver")
+        """Take a volume back from a node, or from all of them."""
+        self._require_publishing("ControllerUnpublishVolume")
+        volume_id = validation.object_id(request.volume_id, "volume_id")
+        await self._publisher.unpublish(volume_id, request.node_id)
+        return csi_pb2.ControllerUnpublishVolumeResponse()
 
     async def ControllerModifyVolume(
         self, request: csi_pb2.ControllerModifyVolumeRequest, context: Any
@@ -261,6 +280,10 @@ class Controller(csi_pb2_grpc.ControllerServicer):
     ) -> csi_pb2.ControllerListVolumeHealthResponse:
         """Refuse: not advertised, as ControllerGetVolumeHealth."""
         raise Unimplemented("ControllerListVolumeHealth is not offered by this driver")
+
+    def _require_publishing(self, method: str) -> None:
+        if not self._publisher.offered:
+            raise Unimplemented(f"{method} is not offered: volumes of these pools are where they can be used")
 
     async def _problem(self, volume: Volume) -> str:
         return await self._pools.holding(volume.pool).problem(volume)

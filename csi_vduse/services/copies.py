@@ -1,6 +1,6 @@
 """Cutting a copy of a volume that may be in use, at one point in time.
 
-An attached volume is held still by its worker while it is copied: requests wait, none fails. With shared
+An attached volume of a file pool is held still by its worker while it is copied: requests wait, none fails. With shared
 blocks that takes milliseconds; a full copy takes as long as the allocated bytes need. The hold ends by itself
 if we die, and a copy that outlives its hold is thrown away by the backend, so no copy is ever a mixture of
 two times. The caller holds the volume's lock: nobody attaches it meanwhile.
@@ -57,11 +57,14 @@ class Copies:
         """
         async with self._slots:
             need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
-            attached = any(one.volume_id == volume.id for one in await self._agent.list())
+            attached = backend.needs_hold and any(
+                one.volume_id == volume.id for one in await self._agent.list()
+            )
             if not attached:
-                cut_ns = time.time_ns()
+                before_ns = time.time_ns()
                 await copy(time.monotonic() + need_s * _IDLE_FACTOR)
-                return cut_ns
+                # A pool that copies what is being written ends with the content of this moment.
+                return before_ns if backend.needs_hold else time.time_ns()
             hold_s = min(need_s, _MAX_HOLD_S)
             until_s = time.monotonic() + hold_s
             await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)

@@ -83,6 +83,9 @@ def keys_of(method: str, request: Any) -> Keys | None:
         return _keys({request.snapshot_id})
     if method in _ONE_VOLUME:
         return _keys({request.volume_id})
+    if method in _PUBLICATION:
+        # Not the volume: a copy of it, which can take long, must not delay a fence.
+        return _keys({f"publication of {request.volume_id}" if request.volume_id else ""})
     return None
 
 
@@ -98,6 +101,9 @@ _ONE_VOLUME = frozenset(
         "NodeExpandVolume",
     }
 )
+
+
+_PUBLICATION = frozenset({"ControllerPublishVolume", "ControllerUnpublishVolume"})
 
 
 def _keys(exclusive: set[str], shared: Collection[str] = ()) -> Keys:

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from csi_vduse.proto import csi_pb2
 from csi_vduse.volumes.context import volume_context
 from csi_vduse.volumes.model import Snapshot, Source, SourceKind, State, Volume
+from csi_vduse.volumes.policy import is_shared
 
 
 def volume_message(volume: Volume, segments: Mapping[str, str]) -> csi_pb2.Volume:
@@ -16,14 +17,14 @@ def volume_message(volume: Volume, segments: Mapping[str, str]) -> csi_pb2.Volum
 
     Args:
         volume: what to tell.
-        segments: the one place that it can be used from.
+        segments: the one place that it can be used from, unless it can be used from anywhere.
     """
     return csi_pb2.Volume(
         volume_id=volume.id,
         capacity_bytes=volume.capacity_bytes,
         volume_context=volume_context(volume),
         content_source=_source_message(volume.source) if volume.source else None,
-        accessible_topology=[csi_pb2.Topology(segments=dict(segments))],
+        accessible_topology=[] if is_shared(volume.backend) else [csi_pb2.Topology(segments=dict(segments))],
     )
 
 

@@ -57,7 +57,13 @@ class Node(csi_pb2_grpc.NodeServicer):
         """Attach, prove, format if it is right, mount."""
         volume_id = validation.object_id(request.volume_id, "volume_id")
         path = check_path(request.staging_target_path, "staging_target_path")
-        await stage(self._node, StageRequest(volume_id, path, validation.use(request.volume_capability)))
+        wanted = StageRequest(
+            volume_id,
+            path,
+            validation.use(request.volume_capability),
+            {**request.volume_context, **request.publish_context},
+        )
+        await stage(self._node, wanted)
         return csi_pb2.NodeStageVolumeResponse()
 
     async def NodeUnstageVolume(

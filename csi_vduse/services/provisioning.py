@@ -36,7 +36,7 @@ from csi_vduse.volumes import sizes
 from csi_vduse.volumes.ids import volume_id as volume_id_of
 from csi_vduse.volumes.model import Snapshot, SourceKind, State, Volume
 from csi_vduse.volumes.parameters import parse_mutable
-from csi_vduse.volumes.policy import Use, objection
+from csi_vduse.volumes.policy import Use, is_shared, objection
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, satisfies
 
@@ -123,7 +123,7 @@ class Provisioner:
         """Remove a volume; fine if there is none. Snapshots and clones of it are independent and stay.
 
         Raises:
-            FailedPrecondition: it is attached.
+            FailedPrecondition: it is attached or published.
             Unavailable: the agent does not answer, so we do not know.
         """
         volume = await self._registry.get_volume(volume_id)
@@ -135,6 +135,11 @@ class Provisioner:
                     f"volume {volume_id!r} is in use: device {attachment.device_name} is attached",
                     hint="unpublish and unstage it first",
                 )
+        nodes = (await self._pools.holding(volume.pool).published()).get(volume_id, ())
+        if nodes:
+            raise FailedPrecondition(
+                f"volume {volume_id!r} is published at {', '.join(nodes)}", hint="unpublish it first"
+            )
         await self._discard(volume)
 
     async def expand(self, request: ExpandVolume) -> Volume:
@@ -199,16 +204,16 @@ class Provisioner:
 
     async def _plan(self, volume_id: str, request: CreateVolume) -> tuple[Volume, Volume | Snapshot | None]:
         """Decide what the new volume is to be."""
-        if not satisfies(request.requirement, self._segments):
-            raise ResourceExhausted(
-                f"a volume here can be used at {dict(self._segments)} only, which the request excludes",
-                hint="file pools belong to one node; use volumeBindingMode: WaitForFirstConsumer",
-            )
         source = await self._source(request)
         pool = request.asked.pool or (source.pool if source else None) or self._pools.default_name()
         if pool is None:
             raise InvalidArgument(f"parameter pool is missing; allowed: {', '.join(self._pools.names)}")
         backend = self._pools.named(pool)
+        if not is_shared(backend.kind) and not satisfies(request.requirement, self._segments):
+            raise ResourceExhausted(
+                f"a volume here can be used at {dict(self._segments)} only, which the request excludes",
+                hint="file pools belong to one node; use volumeBindingMode: WaitForFirstConsumer",
+            )
         if source is not None and source.pool != pool:
             raise InvalidArgument(
                 f"parameter pool: the source {source.id} is in pool {source.pool!r}, not {pool!r}",
@@ -275,7 +280,7 @@ class Provisioner:
             )
         if existing.source != request.source:
             differences.append("another source")
-        if not satisfies(request.requirement, self._segments):
+        if not is_shared(existing.backend) and not satisfies(request.requirement, self._segments):
             differences.append("another topology")
         differences.append(self.mismatch(existing, request.uses))
         text = "; ".join(difference for difference in differences if difference)

@@ -17,6 +17,7 @@ from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import CreateSnapshot
 from csi_vduse.volumes.ids import snapshot_id as snapshot_id_of
 from csi_vduse.volumes.model import Snapshot, State
+from csi_vduse.volumes.policy import is_shared
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, satisfies
 
@@ -71,13 +72,13 @@ class Snapshotter:
             return existing
         if existing is not None:
             await self._discard(existing)
-        if not satisfies(request.requirement, self._segments):
-            raise ResourceExhausted(
-                f"a snapshot here can be used at {dict(self._segments)} only, which the request excludes"
-            )
         volume = await self._registry.get_volume(request.source_volume_id)
         if volume is None or volume.state is not State.READY:
             raise NotFound(f"volume {request.source_volume_id!r} does not exist")
+        if not is_shared(volume.backend) and not satisfies(request.requirement, self._segments):
+            raise ResourceExhausted(
+                f"a snapshot here can be used at {dict(self._segments)} only, which the request excludes"
+            )
         backend = self._pools.holding(volume.pool)
         snapshot = Snapshot(
             id=snapshot_id,

@@ -5,16 +5,21 @@ The agent is reached through its client, like everywhere: nothing here knows in 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
+from csi_vduse.backends import nbd
 from csi_vduse.backends.pools import Pools, open_pools
 from csi_vduse.config import StandaloneConfig, parse_endpoint
-from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend
+from csi_vduse.dataplane.nbd_config import probe
+from csi_vduse.errors import InvalidArgument
 from csi_vduse.node.context import Agent as NodeAgent
 from csi_vduse.node.context import NodeContext
+from csi_vduse.node.foreign import ForeignVolumes
 from csi_vduse.proto import csi_pb2_grpc
 from csi_vduse.services.agent_port import Agent as ControllerAgent
 from csi_vduse.services.controller import Controller
@@ -23,10 +28,12 @@ from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
 from csi_vduse.services.node import Node
 from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.publishing import KnownNodes, Publisher
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.server import start_server
 from csi_vduse.services.snapshotting import Snapshotter
+from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.registry_directory import DirectoryRegistry
@@ -36,6 +43,8 @@ from csi_vduse.volumes.topology import node_segments
 class Agent(ControllerAgent, NodeAgent, Protocol):
     """All that controller and node need of the agent; AgentClient has it."""
 
+
+_SERVER_TIMEOUT_S = 30.0
 
 NodeFactory = Callable[[NodeContext], csi_pb2_grpc.NodeServicer]
 
@@ -58,6 +67,7 @@ async def serving(
     """
     socket_path = parse_endpoint(config.endpoint)
     registry = DirectoryRegistry(config.state_dir)
+    threads = BlockingPool("foreign", 2)
     pools = open_pools(config.pools, config.state_dir)
     controller = await _start_controller(config, registry, pools, agent)
     node = make_node(
@@ -66,6 +76,7 @@ async def serving(
             agent=agent,
             registry=registry,
             data_path=partial(_data_path, pools),
+            foreign=ForeignVolumes(config.state_dir / "foreign", partial(_size_bytes, threads), threads),
         )
     )
     server = await start_server(
@@ -83,6 +94,7 @@ async def serving(
         await server.stop()
         pools.close()
         registry.close()
+        threads.close()
 
 
 async def _start_controller(
@@ -109,10 +121,28 @@ async def _start_controller(
         pools=pools,
         provisioner=provisioner,
         snapshotter=snapshotter,
+        publisher=Publisher(
+            registry=registry,
+            pools=pools,
+            own_node=config.node_id,
+            nodes=KnownNodes(frozenset({config.node_id, *config.peer_nodes})),
+        ),
         reservations=reservations,
         segments=segments,
     )
 
 
-def _data_path(pools: Pools, volume: Volume) -> BackendSpec:
-    return pools.holding(volume.pool).data_path(volume)
+def _data_path(pools: Pools, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    """Tell where a volume's bytes are: its pool knows, or the request says it all."""
+    if volume.backend == nbd.KIND and volume.pool not in pools.names:
+        directory = publish_context.get(nbd.TLS_DIRECTORY)
+        return nbd.data_path(volume.id, publish_context, Path(directory) if directory else None)
+    return pools.holding(volume.pool).data_path(volume, publish_context)
+
+
+async def _size_bytes(threads: BlockingPool, backend: BackendSpec) -> int:
+    """Ask an NBD server how large an export is."""
+    if not isinstance(backend, NbdBackend):
+        raise InvalidArgument(f"{backend} has no server that could be asked for its size")
+    found = await threads.run(DEFAULT_TIMEOUT_S, partial(probe, backend, timeout_s=_SERVER_TIMEOUT_S))
+    return found.size_bytes

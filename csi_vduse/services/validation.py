@@ -19,6 +19,7 @@ from csi_vduse.volumes.sizes import CapacityRange
 from csi_vduse.volumes.topology import TopologyRequirement
 
 MAX_TEXT_BYTES = 128
+MAX_NODE_ID_BYTES = 256
 _SNAPSHOT_PREFIX = "csi.storage.k8s.io/"
 
 
@@ -69,6 +70,32 @@ class GetCapacity:
     uses: tuple[Use, ...]
     asked: AskedParameters
     place: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PublishVolume:
+    """A valid ControllerPublishVolume request."""
+
+    volume_id: str
+    node_id: str
+    use: Use
+    read_only: bool
+    context: Mapping[str, str]
+
+
+def publish_volume(request: csi_pb2.ControllerPublishVolumeRequest) -> PublishVolume:
+    """Check a ControllerPublishVolume request.
+
+    Raises:
+        InvalidArgument: what is wrong with which field.
+    """
+    return PublishVolume(
+        volume_id=object_id(request.volume_id, "volume_id"),
+        node_id=node_id(request.node_id),
+        use=use(request.volume_capability),
+        read_only=request.readonly,
+        context=dict(request.volume_context),
+    )
 
 
 def create_volume(request: csi_pb2.CreateVolumeRequest) -> CreateVolume:
@@ -163,6 +190,19 @@ def object_id(text: str, field: str) -> str:
         raise InvalidArgument(f"{field} is missing")
     if len(text.encode()) > MAX_TEXT_BYTES:
         raise InvalidArgument(f"{field} has {len(text.encode())} bytes; allowed: {MAX_TEXT_BYTES}")
+    return text
+
+
+def node_id(text: str) -> str:
+    """Return the id of a node; CSI allows 256 bytes for it (NodeGetInfoResponse).
+
+    Raises:
+        InvalidArgument: empty or longer.
+    """
+    if not text:
+        raise InvalidArgument("node_id is missing")
+    if len(text.encode()) > MAX_NODE_ID_BYTES:
+        raise InvalidArgument(f"node_id has {len(text.encode())} bytes; allowed: {MAX_NODE_ID_BYTES}")
     return text
 
 

@@ -120,6 +120,8 @@ def parse_mutable(parameters: Mapping[str, str], before: Throttle = UNLIMITED) -
 
 
 MUTABLE = ("maxIops", "maxBandwidth", "burstSeconds")
+# Those of a volume_context (context.py) that describe the device.
+VOLUME_CONTEXT_PARAMETERS = ("bus", "queues", "queueSize", "blockSize")
 _KNOWN = ("pool", "bus", "queues", "queueSize", "blockSize", *MUTABLE)
 
 

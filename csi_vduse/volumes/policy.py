@@ -1,7 +1,9 @@
 """Which uses of a volume are possible: the access-mode policy, as a pure function and a table.
 
 A file pool belongs to one node, so every mode that names several nodes is refused: a volume that is
-ReadWriteMany on paper and usable on one node only would deceive the scheduler. A device on the vhost_vdpa
+ReadWriteMany on paper and usable on one node only would deceive the scheduler. A volume of an nbd pool goes to
+any node: to many that only read, to one that writes, and as a raw block device to two, the source and the
+target of a VM's migration (a file system on two nodes would be destroyed). A device on the vhost_vdpa
 bus is a VM's disk and has no block device on the host, so nothing can mount it. docs/parameters.md shows the
 table.
 """
@@ -49,17 +51,25 @@ class Use:
         return self.filesystem is None
 
 
+READER_MODES = frozenset({AccessMode.SINGLE_NODE_READER_ONLY, AccessMode.MULTI_NODE_READER_ONLY})
+_ONE_NODE = frozenset(
+    {
+        AccessMode.SINGLE_NODE_WRITER,
+        AccessMode.SINGLE_NODE_READER_ONLY,
+        AccessMode.SINGLE_NODE_SINGLE_WRITER,
+        AccessMode.SINGLE_NODE_MULTI_WRITER,
+    }
+)
 # Backend kind → modes that it can honour.
 _MODES: dict[str, frozenset[AccessMode]] = {
-    "file": frozenset(
-        {
-            AccessMode.SINGLE_NODE_WRITER,
-            AccessMode.SINGLE_NODE_READER_ONLY,
-            AccessMode.SINGLE_NODE_SINGLE_WRITER,
-            AccessMode.SINGLE_NODE_MULTI_WRITER,
-        }
-    ),
+    "file": _ONE_NODE,
+    "nbd": _ONE_NODE | {AccessMode.MULTI_NODE_READER_ONLY, AccessMode.MULTI_NODE_MULTI_WRITER},
 }
+
+
+def is_shared(backend: str) -> bool:
+    """Tell whether volumes of a backend can be used from any node, one after the other."""
+    return backend == "nbd"
 
 
 def objection(use: Use, *, backend: str, bus: Bus) -> str:
@@ -74,6 +84,11 @@ def objection(use: Use, *, backend: str, bus: Bus) -> str:
     if use.mode not in allowed:
         names = ", ".join(sorted(mode.name for mode in allowed))
         return f"access mode {use.mode.name} is not possible with backend {backend!r}; allowed: {names}"
+    if use.filesystem is not None and use.mode is AccessMode.MULTI_NODE_MULTI_WRITER:
+        return (
+            f"access mode {use.mode.name} is possible for raw block only: a file system that two nodes write "
+            "is destroyed; use volumeMode: Block (for VMs that migrate), or ReadWriteOnce"
+        )
     if use.filesystem is not None and bus is Bus.VHOST_VDPA:
         return (
             "a volume with bus vhost_vdpa is a VM's disk and cannot be mounted; "

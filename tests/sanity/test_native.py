@@ -18,6 +18,9 @@ from csi_vduse.config import AgentConfig, PoolConfig, StandaloneConfig
 from csi_vduse.node.mounts import read_mounts
 from csi_vduse.services.node import Node
 from csi_vduse.services.standalone import serving
+from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.server import StorageServer
+from csi_vduse.storage.service import listening
 from tests.sanity import csi_sanity
 from tests.unit.node.loop_agent import LoopAgent, loop_works, losetup
 
@@ -46,16 +49,40 @@ async def test_csi_sanity_passes_with_every_advertised_capability(tmp_path: Path
     log.configure(level="ERROR", component="sanity")
     (tmp_path / "pool").mkdir()
     agent = SanityAgent(tmp_path)
+    await _passes(tmp_path, agent, PoolConfig("default", "file", str(tmp_path / "pool")), access_type)
+
+
+@pytest.mark.skipif(not loop_works(), reason="loop devices and mounts need root")
+@pytest.mark.parametrize("access_type", ["mount", "block"])
+async def test_csi_sanity_passes_with_a_storage_server(tmp_path: Path, access_type: str) -> None:
+    """Everything of the control side is real; the double serves what the export that it is given stands for."""
+    csi_sanity.build()
+    log.configure(level="ERROR", component="sanity")
+    (tmp_path / "pool").mkdir()
+    agent = SanityAgent(tmp_path, nbd_pool=tmp_path / "pool")
+    control = Address(path=tmp_path / "control.sock")
+    server_config = ServerConfig(
+        directory=tmp_path / "pool",
+        run_dir=tmp_path / "storage",
+        control=control,
+        nbd=Address(path=tmp_path / "nbd.sock"),
+    )
+    server = StorageServer(server_config)
+    async with server.running(), listening(server_config, server):
+        await _passes(tmp_path, agent, PoolConfig("default", "nbd", str(control)), access_type)
+
+
+async def _passes(tmp_path: Path, agent: SanityAgent, pool: PoolConfig, access_type: str) -> None:
     config = StandaloneConfig(
         endpoint=f"unix://{tmp_path}/csi.sock",
         node_id="sanity",
         state_dir=tmp_path / "state",
-        pools=(PoolConfig("default", "file", str(tmp_path / "pool")),),
+        pools=(pool,),
         agent=AgentConfig(run_dir=tmp_path / "run"),
     )
     async with serving(config, agent, make_node=lambda node: Node(replace(node, sysfs=agent.sysfs))):
         output = await _run(csi_sanity.command(tmp_path / "csi.sock", tmp_path, access_type))
-    csi_sanity.read_report(tmp_path, output).require_success()
+    csi_sanity.read_report(tmp_path, output).require_success(publishes=pool.kind == "nbd")
     assert not agent.attachments
     assert str(tmp_path) not in losetup("--list", "--output", "BACK-FILE")
     assert not [mount for mount in read_mounts() if mount.mount_point.startswith(str(tmp_path))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,34 @@ class Driver:
         request = csi_pb2.DeleteVolumeRequest(volume_id=volume.id)
         self._controller.DeleteVolume(request, timeout=CALL_TIMEOUT_S)
 
-    def stage(self, volume: Volume, capability: csi_pb2.VolumeCapability) -> Path:
+    def give(self, volume: Volume, node_id: str, capability: csi_pb2.VolumeCapability) -> dict[str, str]:
+        """ControllerPublishVolume; returns the publish_context."""
+        request = csi_pb2.ControllerPublishVolumeRequest(
+            volume_id=volume.id, node_id=node_id, volume_capability=capability
+        )
+        answer = self._controller.ControllerPublishVolume(request, timeout=CALL_TIMEOUT_S)
+        return dict(answer.publish_context)
+
+    def take(self, volume: Volume, node_id: str) -> None:
+        """ControllerUnpublishVolume."""
+        request = csi_pb2.ControllerUnpublishVolumeRequest(volume_id=volume.id, node_id=node_id)
+        self._controller.ControllerUnpublishVolume(request, timeout=CALL_TIMEOUT_S)
+
+    def stage(
+        self,
+        volume: Volume,
+        capability: csi_pb2.VolumeCapability,
+        *,
+        told: Mapping[str, str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> Path:
+        """NodeStageVolume; `told` is a publish_context, `attributes` a volume_context."""
         request = csi_pb2.NodeStageVolumeRequest(
             volume_id=volume.id,
             staging_target_path=str(self.staging(volume)),
             volume_capability=capability,
+            publish_context=told,
+            volume_context=attributes,
         )
         self._node.NodeStageVolume(request, timeout=CALL_TIMEOUT_S)
         return self.staging(volume)

@@ -23,18 +23,23 @@ SANITY_TIMEOUT_S = 2400
 
 
 @contextlib.contextmanager
-def standalone(directory: Path, *pools: Path) -> Iterator[Path]:
+def standalone(
+    directory: Path, *pools: Path, default: str = "", node_id: str = "vm", options: tuple[str, ...] = ()
+) -> Iterator[Path]:
     """Run `csi-vduse standalone` with everything below `directory`; gives its socket once it is ready.
 
     pools: directories of further pools beside "default"; their names are the directories'.
+    default: what and where the default pool is; empty: a directory, `directory`/pool.
     """
     subprocess.run(["modprobe", "--all", *MODULES], check=True, timeout=60)
-    (directory / "pool").mkdir()
+    if not default:
+        (directory / "pool").mkdir()
+        default = f"file:{directory}/pool"
     endpoint = directory / "csi.sock"
     log = directory / "standalone.log"
-    argv = ["csi-vduse", "standalone", "--endpoint", f"unix://{endpoint}", "--node-id", "vm"]
+    argv = ["csi-vduse", "standalone", "--endpoint", f"unix://{endpoint}", "--node-id", node_id]
     argv += ["--state-dir", str(directory / "state"), "--run-dir", str(directory / "run")]
-    argv += ["--pool", f"default=file:{directory}/pool"]
+    argv += ["--pool", f"default={default}", *options]
     argv += [f"--pool={pool.name}=file:{pool}" for pool in pools]
     with log.open("wb") as output:
         process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT)
@@ -48,6 +53,32 @@ def standalone(directory: Path, *pools: Path) -> Iterator[Path]:
         finally:
             process.kill()
             sys.stdout.write(log.read_text()[-20000:])  # shown if the test fails
+
+
+@contextlib.contextmanager
+def storage_server(directory: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `csi-vduse storage-server` over `directory`/pool; its sockets are control.sock and nbd.sock there."""
+    (directory / "pool").mkdir(exist_ok=True)
+    argv = ["csi-vduse", "storage-server", "--directory", str(directory / "pool")]
+    argv += ["--run-dir", str(directory / "run"), "--no-tls", "--nbd", f"unix:{directory}/nbd.sock"]
+    argv += ["--control", f"unix:{directory}/control.sock", *options]
+    log = directory / "storage.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (directory / "control.sock").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        finally:
+            process.kill()
+            sys.stdout.write(log.read_text()[-20000:])
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: Path, log: Path) -> None:
@@ -80,3 +111,25 @@ def test_csi_sanity_passes_on_vduse_devices(tmp_path: Path, access_type: str) ->
         assert not list((tmp_path / "pool").glob("*/*")), "csi-sanity's volumes are still in the pool"
         assert sorted(Path("/dev/vduse").iterdir()) == [Path("/dev/vduse/control")]
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.parametrize(("access_type", "image_format"), [("mount", "raw"), ("block", "qcow2")])
+def test_csi_sanity_passes_with_a_storage_server(
+    tmp_path_factory: pytest.TempPathFactory, access_type: str, image_format: str
+) -> None:
+    csi_sanity.build()
+    # Short names: a worker's socket below them has to fit.
+    server, driver = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("driver")
+    pool = f"nbd:unix:{server}/control.sock"
+    with storage_server(server, "--format", image_format), standalone(driver, default=pool) as endpoint:
+        done = subprocess.run(
+            csi_sanity.command(endpoint, driver, access_type),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SANITY_TIMEOUT_S,
+            check=False,
+        )
+        csi_sanity.read_report(driver, done.stdout).require_success(publishes=True)
+        assert not list((server / "pool").glob("*/*")), "csi-sanity's volumes are still on the server"
+        assert sorted(Path("/dev/vduse").iterdir()) == [Path("/dev/vduse/control")]

@@ -41,6 +41,20 @@ struct vd_region {
     int writable;
 };
 
+/* Where an export is, and how to get at it; strings are copied, NULL is empty. */
+struct vd_nbd_config {
+    const char *host;         /* empty: a unix socket */
+    const char *service;      /* port */
+    const char *socket;
+    const char *export_name;
+    int tls;
+    const char *certificates; /* folder of ca-cert.pem, client-cert.pem, client-key.pem */
+    const char *psk_file;     /* instead of certificates */
+    const char *psk_identity; /* empty: the file's first */
+    const char *tls_hostname; /* empty: host */
+    int wait;                 /* do not connect at open: the server may be away, and requests wait for it */
+};
+
 struct vd_config {
     uint32_t max_queues;
     uint32_t block_size_bytes;
@@ -48,8 +62,10 @@ struct vd_config {
     int read_only;
     int event_fd;             /* eventfd written when a queue faults or a request fails; -1: none */
     const char *serial;       /* answer to GET_ID, cut to 20 bytes */
-    const char *backend;      /* "file", "null" or "error" */
+    const char *backend;      /* "file", "nbd", "null" or "error" */
     const char *path;         /* of the file backend */
+    const struct vd_nbd_config *nbd; /* of the NBD backend */
+    char *reason;             /* room for 160 bytes: why the backend could not be opened, in words; or NULL */
     uint32_t away_ms;         /* for how long a backend that fails everything is taken for one that may come back */
 };
 
@@ -60,10 +76,37 @@ struct vd_limits {
     uint32_t burst_ms;        /* how long a device that was idle may go without limits' pace: what it saved up */
 };
 
+enum vd_backend_state {
+    VD_BACKEND_LOCAL,         /* it has no connections */
+    VD_BACKEND_CONNECTED,     /* at last sight */
+    VD_BACKEND_CONNECTING,    /* lost or not made yet; requests wait */
+    VD_BACKEND_REFUSED,       /* a server is there and is not what it should be; requests wait */
+    VD_BACKEND_STATES
+};
+
+struct vd_backend_status {
+    uint32_t state;           /* enum vd_backend_state */
+    uint64_t connects;        /* connections made */
+    uint64_t failures;        /* attempts that failed */
+    char reason[160];         /* of the state, in words; empty: none */
+};
+
 struct vd_backend_info {
     int direct;               /* requests bypass the page cache */
     int discard;              /* DISCARD and WRITE_ZEROES can be offered */
-    uint64_t capacity_bytes;  /* what the backend holds; 0: any */
+    uint64_t capacity_bytes;  /* what the backend holds; 0: any, or not known yet */
+    struct vd_backend_status status;
+};
+
+/* What a server says of an export. */
+struct vd_nbd_info {
+    uint64_t size_bytes;
+    uint32_t min_block_bytes;
+    uint32_t max_payload_bytes;
+    uint32_t flags;           /* NBD transmission flags */
+    int structured;
+    int extended;
+    int tls_in_kernel;
 };
 
 /* Where a queue is and how it speaks to its driver. */
@@ -100,6 +143,21 @@ struct vd_operation_stats {
     uint64_t latency[217];
 };
 
+/* Of a backend behind a network. */
+struct vd_remote_stats {
+    uint64_t commands;        /* answered */
+    uint64_t latency_ns;      /* from handed to the kernel until answered, all of them together */
+    uint64_t latency_max_ns;
+    uint64_t latency[217];
+    uint64_t sends;           /* system calls' worth: each moved many commands */
+    uint64_t receives;
+    uint64_t received_bytes;  /* of payload */
+    uint64_t copied_bytes;    /* of that, what had to be copied to where it belongs */
+    uint64_t resent;          /* commands sent again after a loss */
+    uint64_t losses;          /* of connections */
+    uint64_t connected;       /* 1: now */
+};
+
 /* Written by the queue's thread alone; survives restarts of the queue. */
 struct vd_queue_stats {
     struct vd_operation_stats operations[7];
@@ -112,6 +170,7 @@ struct vd_queue_stats {
     uint64_t throttled;       /* how often the limits stopped the queue */
     uint64_t throttled_ns;    /* for how long */
     uint64_t data_max_bytes;  /* of reads and writes in flight at once, the most there ever were */
+    struct vd_remote_stats remote;
     uint32_t in_flight;
     uint32_t waiting;         /* of those, for a backend that is full or away */
     uint32_t fault;           /* enum vd_queue_fault */
@@ -132,6 +191,8 @@ struct vd_engine;
 int vd_engine_new(const struct vd_config *config, struct vd_engine **engine);
 /* All queues must have stopped. */
 void vd_engine_free(struct vd_engine *engine);
+/* What a server says of an export; reason has room for 160 bytes. */
+int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason);
 void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info);
 /* Replace the address map; all queues must be stopped or paused. Descriptors stay the caller's. */
 int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regions, uint32_t count);

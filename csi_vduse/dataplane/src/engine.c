@@ -9,7 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_null, &vd_backend_error };
+static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd, &vd_backend_null,
+                                                         &vd_backend_error };
 
 int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 {
@@ -84,7 +85,10 @@ int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regi
 int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes)
 {
     struct vd_backend_info info;
+    int error = engine->ops->resize ? engine->ops->resize(engine->backend, capacity_bytes) : 0;
 
+    if (error)
+        return error;
     vd_engine_backend_info(engine, &info);
     if (capacity_bytes % VD_SECTOR_BYTES || (info.capacity_bytes && info.capacity_bytes < capacity_bytes))
         return -EINVAL;

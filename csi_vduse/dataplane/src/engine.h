@@ -59,9 +59,19 @@ struct vd_backend_ops {
     void (*info)(void *state, struct vd_backend_info *info);
     void (*submit)(struct vd_queue *queue, struct vd_request *request);
     void (*complete)(struct vd_queue *queue, struct vd_request *request, int result);
+    /*
+     * The rest may be NULL. resize: the volume is to have so many bytes; look whether the backend has them. The others
+     * run on the queue's thread: when it begins and ends (queue->backend is the backend's), once per turn after all
+     * requests were handed over and before the kernel is entered, and for completions whose user data is odd.
+     */
+    int (*resize)(void *state, uint64_t capacity_bytes);
+    int (*queue_open)(struct vd_queue *queue);
+    void (*queue_close)(struct vd_queue *queue);
+    void (*turn)(struct vd_queue *queue);
+    void (*event)(struct vd_queue *queue, void *data, int result);
 };
 
-extern const struct vd_backend_ops vd_backend_file, vd_backend_null, vd_backend_error;
+extern const struct vd_backend_ops vd_backend_file, vd_backend_nbd, vd_backend_null, vd_backend_error;
 
 struct vd_engine {
     struct vd_config config;
@@ -82,6 +92,7 @@ struct vd_engine {
 
 struct vd_queue {
     struct vd_engine *engine;
+    void *backend;               /* the backend's own */
     struct vd_queue_config config;
     struct vd_queue_stats *stats;
     struct vd_vring ring;
@@ -124,7 +135,13 @@ bool vd_request_wait(struct vd_queue *queue, struct vd_request *request, int err
 bool vd_request_waited(struct vd_queue *queue, struct vd_request *request);
 
 /* A free submission; never NULL, since the queue submits when its ring is full. */
-struct io_uring_sqe *vd_queue_sqe(struct vd_queue *queue, struct vd_request *request);
+struct io_uring_sqe *vd_queue_sqe(struct vd_queue *queue, void *data);
+
+/* Whether a completion's user data is the backend's own, not a request. */
+static inline bool vd_event_is_backends(const void *data)
+{
+    return (uintptr_t)data & 1 && (uintptr_t)data > 4096;
+}
 
 /* End its sleep. */
 void vd_queue_wake(struct vd_queue *queue);

@@ -44,7 +44,7 @@ void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
     vd_engine_wake_control(q->engine);
 }
 
-struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, struct vd_request *r)
+struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, void *data)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&q->uring);
 
@@ -52,7 +52,7 @@ struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, struct vd_request *r)
         io_uring_submit(&q->uring);
         sqe = io_uring_get_sqe(&q->uring);
     }
-    io_uring_sqe_set_data(sqe, r);
+    io_uring_sqe_set_data(sqe, data);
     return sqe;
 }
 
@@ -168,6 +168,8 @@ static unsigned collect(struct vd_queue *q)
                 q->wake_armed = cqes[i]->flags & IORING_CQE_F_MORE;
             } else if (data == CANCEL) {
                 continue;
+            } else if (vd_event_is_backends(data)) {
+                q->engine->ops->event(q, data, cqes[i]->res);
             } else if (vd_request_waited(q, data)) {
                 start(q, data);
             } else if (load_relaxed(&q->abandoned)) {
@@ -243,6 +245,8 @@ static unsigned advance(struct vd_queue *q, enum command command)
     /* What a predecessor left is in flight already, whatever the command is. */
     if ((command == RUN || q->ring.replay_left) && !q->stats->fault && !q->held && !load_relaxed(&q->abandoned))
         work += (unsigned)fetch(q);
+    if (q->engine->ops->turn)
+        q->engine->ops->turn(q);
     if (io_uring_sq_ready(&q->uring) || completions_wait(q))
         io_uring_submit_and_get_events(&q->uring);
     return work;
@@ -382,7 +386,7 @@ void *vd_queue_run(void *argument)
     /* Memory that the kernel needs for this thread must not be had by writing to a device like ours. */
     (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     pthread_mutex_lock(&q->lock);
-    if (open_uring(q)) {
+    if (open_uring(q) || (q->engine->ops->queue_open && q->engine->ops->queue_open(q))) {
         vd_queue_set_state(q, FAILED);
         pthread_mutex_unlock(&q->lock);
         return NULL;
@@ -411,6 +415,8 @@ void *vd_queue_run(void *argument)
         if (!work && !poll_for_work(q, command))
             rest(q, command, abandoned);
     }
+    if (q->engine->ops->queue_close)
+        q->engine->ops->queue_close(q);
     io_uring_queue_exit(&q->uring);
     if (abandoned) {
         __atomic_fetch_sub(&q->engine->abandoned, 1, __ATOMIC_RELEASE);

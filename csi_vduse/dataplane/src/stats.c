@@ -46,6 +46,18 @@ void vd_count_finished(struct vd_queue *q, const struct vd_request *r, int error
         count_up(&s->bytes, r->length);
 }
 
+void vd_count_remote(struct vd_queue *q, uint64_t sent_ns)
+{
+    struct vd_remote_stats *s = &q->stats->remote;
+    uint64_t ns = q->now_ns - sent_ns;
+
+    count_up(&s->commands, 1);
+    count_up(&s->latency_ns, ns);
+    count_up(&s->latency[vd_latency_bucket(ns)], 1);
+    if (ns > s->latency_max_ns)
+        store_relaxed(&s->latency_max_ns, ns);
+}
+
 uint32_t vd_latency_bucket_of(uint64_t ns)
 {
     return vd_latency_bucket(ns);

@@ -13,4 +13,7 @@ void vd_count_started(struct vd_queue *queue, struct vd_request *request);
 /* A request has ended: error is 0 or a positive errno. */
 void vd_count_finished(struct vd_queue *queue, const struct vd_request *request, int error);
 
+/* A command that was handed to the kernel at a moment has been answered. */
+void vd_count_remote(struct vd_queue *queue, uint64_t sent_ns);
+
 #endif

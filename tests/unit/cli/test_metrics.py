@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse import metrics
-from csi_vduse.agent.model import OperationStats, VolumeStats
+from csi_vduse.agent.model import OperationStats, RemoteStats, VolumeStats
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 # Half a microsecond, 8 us, and 16 to 18 us.
@@ -30,6 +30,7 @@ VOLUME = VolumeStats(
     bounce_bytes=8,
     throttled=9,
     throttled_s=1.5,
+    remote=RemoteStats("refused", "too small", resent=11, latency_sum_s=0.25, latency=READ.latency),
 )
 
 
@@ -77,6 +78,14 @@ def test_counters_of_a_volume_are_served(page: str):
     assert value(page, "csi_vduse_volume_bounce_size_bytes", **labels) == 8
     assert value(page, "csi_vduse_attachments", state="attached") == 1
     assert value(page, "csi_vduse_rpc_seconds_count", method="/csi.v1.Node/NodeStageVolume", code="OK") >= 1
+
+
+def test_the_state_of_a_server_and_its_own_latency_are_served(page: str):
+    assert value(page, "csi_vduse_remote_state", volume_id="vol-1", state="refused") == 1
+    assert value(page, "csi_vduse_remote_state", volume_id="vol-1", state="connected") == 0
+    assert value(page, "csi_vduse_remote_resent_total", volume_id="vol-1") == 11
+    assert value(page, "csi_vduse_remote_latency_seconds_count", volume_id="vol-1") == 6
+    assert value(page, "csi_vduse_remote_latency_seconds_sum", volume_id="vol-1") == 0.25
 
 
 def test_batch_sizes_and_queue_depths_are_histograms(page: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,7 +114,7 @@ async def loop_node(tmp_path: Path) -> AsyncIterator[LoopNode]:
         pytest.skip("no loop devices here (needs root); the VM suite proves the same on VDUSE devices")
     agent = LoopAgent(tmp_path)
 
-    def data_path(volume: Volume) -> FileBackend:
+    def data_path(volume: Volume, _context: Mapping[str, str]) -> FileBackend:
         return FileBackend(tmp_path / f"{volume.id}.raw")
 
     node = NodeContext("node-1", agent, DirectoryRegistry(tmp_path / "state"), data_path, agent.sysfs)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_vduse.agent.model import Attachment, AttachSpec, Bus, BusDevice, Probe, State
-from csi_vduse.dataplane.backend_spec import FileBackend
+from csi_vduse.dataplane.backend_spec import FileBackend, NbdBackend
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import AlreadyExists, FailedPrecondition, NotFound, VduseError
+from tests.unit.storage.nbd_client import NbdClient
 
 
 def losetup(*arguments: str) -> str:
@@ -48,6 +49,8 @@ class LoopAgent:
     fail: dict[str, VduseError] = field(default_factory=dict)
     wrong_serial: str = ""
     problems: tuple[str, ...] = ()
+    nbd_pool: Path | None = None
+    nbd_image: str = ""
 
     @property
     def sysfs(self) -> Path:
@@ -122,13 +125,23 @@ class LoopAgent:
             raise self.fail[name]
 
     def _make_loop(self, spec: AttachSpec) -> BusDevice:
-        assert isinstance(spec.backend, FileBackend)
         mode = ["--read-only"] if spec.read_only else []
-        path = losetup("--find", "--show", *mode, str(spec.backend.path))
+        path = losetup("--find", "--show", *mode, str(self._image(spec)))
         number = os.stat(path).st_rdev  # noqa: PTH116
         device = BusDevice(Path(path), os.major(number), os.minor(number))
         self._show(device, spec)
         return device
+
+    def _image(self, spec: AttachSpec) -> Path:
+        """The file behind the backend; an export is asked whether it is what the attachment is to be."""
+        if isinstance(spec.backend, FileBackend):
+            return spec.backend.path
+        assert isinstance(spec.backend, NbdBackend)
+        assert self.nbd_pool is not None
+        client = NbdClient(spec.backend.uri)
+        client.close()
+        assert (client.size_bytes, client.read_only) == (spec.capacity_bytes, spec.read_only)
+        return self.nbd_pool / "volumes" / (self.nbd_image or spec.volume_id) / "image.raw"
 
     def _make_vhost(self, spec: AttachSpec) -> BusDevice:
         path = self.directory / f"vhost-vdpa-{spec.volume_id}"

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from csi_vduse.backends.base import Backend
 from csi_vduse.backends.file import FilePool
 from csi_vduse.backends.pools import Pools
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services.controller import Controller
 from csi_vduse.services.copies import Copies
 from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.publishing import KnownNodes, Publisher
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.snapshotting import Snapshotter
@@ -27,6 +29,7 @@ from tests.unit.fakes.agent import FakeAgent
 MIB = 1 << 20
 GIB = 1 << 30
 NODE = "n1"
+OTHER_NODE = "n2"
 Mode = csi_pb2.VolumeCapability.AccessMode
 
 
@@ -86,13 +89,14 @@ class Stack:
         agent: FakeAgent | None = None,
         life: Life | None = None,
         pool_names: tuple[str, ...] = ("default",),
+        more: tuple[Backend, ...] = (),
     ) -> None:
         self.directory = directory
         self.agent = agent or FakeAgent()
         life = life or Life()
         self._registry = DirectoryRegistry(directory / "state")
         self.registry: Any = Mortal(self._registry, life)
-        self.backends = []
+        self.backends: list[Backend] = list(more)
         for name in pool_names:
             (directory / name).mkdir(exist_ok=True)
             memory = directory / "state/pools" / f"{name}.json"
@@ -122,6 +126,12 @@ class Stack:
             pools=self.pools,
             provisioner=self.provisioner,
             snapshotter=self.snapshotter,
+            publisher=Publisher(
+                registry=self.registry,
+                pools=self.pools,
+                own_node=NODE,
+                nodes=KnownNodes(frozenset({NODE, OTHER_NODE})),
+            ),
             reservations=self.reservations,
             segments=segments,
         )

@@ -23,6 +23,22 @@ def test_a_file_volume_is_for_one_node(mode, filesystem):
         assert all(allowed.name in reason for allowed in SINGLE_NODE)
 
 
+@pytest.mark.parametrize("mode", AccessMode)
+@pytest.mark.parametrize("filesystem", [None, "ext4"])
+def test_an_nbd_volume_is_for_many_readers_or_for_the_disk_of_a_vm_that_moves(mode, filesystem):
+    allowed = SINGLE_NODE | {AccessMode.MULTI_NODE_READER_ONLY}
+    if filesystem is None:
+        allowed |= {AccessMode.MULTI_NODE_MULTI_WRITER}
+    reason = objection(Use(mode, filesystem), backend="nbd", bus=Bus.VIRTIO_VDPA)
+    assert (reason == "") == (mode in allowed)
+
+
+def test_many_writers_of_a_file_system_are_refused_with_the_reason():
+    reason = objection(Use(AccessMode.MULTI_NODE_MULTI_WRITER, "ext4"), backend="nbd", bus=Bus.VIRTIO_VDPA)
+    assert "raw block only" in reason
+    assert "destroyed" in reason
+
+
 @pytest.mark.parametrize("filesystem", FILESYSTEMS)
 def test_every_file_system_of_ours_can_be_mounted(filesystem):
     assert not objection(Use(AccessMode.SINGLE_NODE_WRITER, filesystem), backend="file", bus=Bus.VIRTIO_VDPA)

@@ -36,5 +36,10 @@ static void error_complete(struct vd_queue *q, struct vd_request *r, int result)
 }
 
 const struct vd_backend_ops vd_backend_error = {
-    "error", error_open, error_close, error_info, error_submit, error_complete,
+    .name = "error",
+    .open = error_open,
+    .close = error_close,
+    .info = error_info,
+    .submit = error_submit,
+    .complete = error_complete,
 };

@@ -386,4 +386,11 @@ static void file_complete(struct vd_queue *q, struct vd_request *r, int result)
     }
 }
 
-const struct vd_backend_ops vd_backend_file = { "file", file_open, file_close, file_info, file_submit, file_complete };
+const struct vd_backend_ops vd_backend_file = {
+    .name = "file",
+    .open = file_open,
+    .close = file_close,
+    .info = file_info,
+    .submit = file_submit,
+    .complete = file_complete,
+};

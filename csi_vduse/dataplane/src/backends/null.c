@@ -29,4 +29,11 @@ static void null_complete(struct vd_queue *q, struct vd_request *r, int result)
     vd_request_finish(q, r, result < 0 ? -result : 0);
 }
 
-const struct vd_backend_ops vd_backend_null = { "null", null_open, null_close, null_info, null_submit, null_complete };
+const struct vd_backend_ops vd_backend_null = {
+    .name = "null",
+    .open = null_open,
+    .close = null_close,
+    .info = null_info,
+    .submit = null_submit,
+    .complete = null_complete,
+};

@@ -1,0 +1,291 @@
+/*
+ * Connections to the server: one thread of the backend makes them, as often and for as long as it takes, and hands them to
+ * the queues that wait for one. Everything that may take long is here: looking up names, connecting, TLS, a
+ * server that does not answer. Queue threads never wait for it but in their usual sleep.
+ *
+ * A server that is not there, or is not the one that it was (too small, read-only, one connection where several are
+ * needed), is asked again and again, ever more slowly; meanwhile requests wait and the status says why.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/prctl.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "nbd.h"
+
+enum {
+    /*
+     * After a loss: what the lost connection still carried shall be done or dropped by the server before anything is
+     * sent again.
+     */
+    SETTLE_MS = 100,
+    RETRY_MAX_MS = 5000,
+    ATTEMPT_MS = 10000,
+    KEEPALIVE_IDLE_S = 10,
+    KEEPALIVE_INTERVAL_S = 5,
+    KEEPALIVE_PROBES = 3,
+    USER_TIMEOUT_MS = 30000,
+};
+
+void nbd_link_close(struct nbd_link *link)
+{
+    if (link->ssl)
+        SSL_free(link->ssl);
+    if (link->fd >= 0)
+        close(link->fd);
+    link->ssl = NULL;
+    link->fd = -1;
+}
+
+/* The kernel gives a peer up that is gone without a word: idle or with data of ours under way. */
+static void set_options(int fd)
+{
+    const int options[][3] = {
+        { IPPROTO_TCP, TCP_NODELAY, 1 },
+        { SOL_SOCKET, SO_KEEPALIVE, 1 },
+        { IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_S },
+        { IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S },
+        { IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES },
+        { IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS },
+    };
+
+    for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++)
+        (void)setsockopt(fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
+}
+
+static int connect_to(struct nbd_stream *s, const struct sockaddr *address, socklen_t length, int family)
+{
+    int error;
+
+    s->fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (s->fd < 0)
+        return -errno;
+    if (family != AF_UNIX)
+        set_options(s->fd);
+    error = nbd_stream_connect(s, address, length);
+    if (error) {
+        close(s->fd);
+        s->fd = -1;
+    }
+    return error;
+}
+
+static int connect_unix(struct nbd_stream *s, const char *path)
+{
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+
+    if (strlen(path) >= sizeof(address.sun_path))
+        return -ENAMETOOLONG;
+    strcpy(address.sun_path, path);
+    return connect_to(s, (const struct sockaddr *)&address, sizeof(address), AF_UNIX);
+}
+
+static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, char *reason)
+{
+    struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
+    int error = getaddrinfo(target->host, target->service, &hints, &found);
+
+    if (error) {
+        snprintf(reason, NBD_REASON_BYTES, "host %.60s: %s", target->host, gai_strerror(error));
+        return -EHOSTUNREACH;
+    }
+    error = -EHOSTUNREACH;
+    for (struct addrinfo *each = found; each && error && error != -ECANCELED; each = each->ai_next)
+        error = connect_to(s, each->ai_addr, each->ai_addrlen, each->ai_family);
+    freeaddrinfo(found);
+    return error;
+}
+
+/* Whether an export can serve what the driver was told; 0 or -errno. */
+static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
+{
+    pthread_mutex_lock(&n->lock);
+    uint64_t needed = n->needed_bytes;
+
+    pthread_mutex_unlock(&n->lock);
+    if (e->size_bytes < needed) {
+        snprintf(reason, NBD_REASON_BYTES, "the export has %llu bytes, the volume needs %llu",
+                 (unsigned long long)e->size_bytes, (unsigned long long)needed);
+        return -ENOSPC;
+    }
+    if (e->flags & NBD_FLAG_READ_ONLY && !n->config.read_only) {
+        snprintf(reason, NBD_REASON_BYTES, "the export is read-only");
+        return -EROFS;
+    }
+    if (!(e->flags & NBD_FLAG_MULTI_CONN) && n->config.max_queues > 1) {
+        snprintf(reason, NBD_REASON_BYTES, "the server does not allow several connections (MULTI_CONN), one for each queue");
+        return -EMLINK;
+    }
+    return 0;
+}
+
+int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
+{
+    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ms * 1000000 };
+    int error;
+
+    reason[0] = 0;
+    error = n->target.socket[0] ? connect_unix(&s, n->target.socket) : connect_tcp(&s, &n->target, reason);
+    if (error) {
+        if (!reason[0])
+            snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
+        return error == -ECANCELED ? error : -ECONNREFUSED; /* what else the numbers say is said of an export */
+    }
+    error = nbd_negotiate(&s, &n->target, &link->export, reason);
+    if (!error)
+        error = check_fit(n, &link->export, reason);
+    link->fd = s.fd;
+    link->ssl = s.ssl;
+    if (error) {
+        nbd_link_close(link);
+        return error;
+    }
+    /* io_uring waits for a socket that blocks, and says "again" for one that does not. */
+    if (!link->ssl || nbd_tls_is_kernel(link->ssl)) {
+        SSL_free(link->ssl);
+        link->ssl = NULL;
+        (void)fcntl(link->fd, F_SETFL, fcntl(link->fd, F_GETFL) & ~O_NONBLOCK);
+    }
+    return 0;
+}
+
+static void say(struct nbd *n, enum vd_backend_state state, const char *reason)
+{
+    bool news = n->status.state != state || strcmp(n->status.reason, reason);
+    uint64_t one = 1;
+
+    n->status.state = state;
+    snprintf(n->status.reason, sizeof(n->status.reason), "%s", reason);
+    if (news && n->config.event_fd >= 0)
+        (void)!write(n->config.event_fd, &one, sizeof(one));
+}
+
+/* It is there but not as it should be, and that will hardly change by itself. */
+static bool is_refusal(int error)
+{
+    return error == -ENOENT || error == -EACCES || error == -EPROTO || error == -ENOSPC || error == -EROFS ||
+           error == -EMLINK || error == -EINVAL;
+}
+
+/* Give the connection to the first queue that waits; with the lock held. */
+static void hand_over(struct nbd *n, const struct nbd_link *link)
+{
+    struct nbd_queue *nq = n->wanting;
+
+    n->export = link->export;
+    say(n, VD_BACKEND_CONNECTED, "");
+    if (!nq) {
+        n->spare = *link;
+        return;
+    }
+    n->wanting = nq->next_wanting;
+    nq->fresh = *link;
+    store_release(&nq->ready, true);
+    vd_queue_wake(nq->queue);
+}
+
+/* Wait until a moment, or until the backend closes; with the lock held. */
+static void wait_until(struct nbd *n, uint64_t moment_ns)
+{
+    struct timespec until = { (time_t)(moment_ns / 1000000000), (long)(moment_ns % 1000000000) };
+
+    while (!n->closing && now_ns() < moment_ns)
+        pthread_cond_timedwait(&n->changed, &n->lock, &until);
+}
+
+void *nbd_connector_run(void *argument)
+{
+    struct nbd *n = argument;
+    uint64_t pause_ms = 0;
+
+    prctl(PR_SET_NAME, "nbd-connect");
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* the memory that it needs must not be had by writing to our device */
+    pthread_mutex_lock(&n->lock);
+    while (!n->closing) {
+        char reason[NBD_REASON_BYTES];
+        struct nbd_link link;
+
+        if (!n->wanting) {
+            pthread_cond_wait(&n->changed, &n->lock);
+            continue;
+        }
+        if (n->spare.fd >= 0) {
+            link = n->spare;
+            n->spare = (struct nbd_link){ .fd = -1 };
+            hand_over(n, &link);
+            continue;
+        }
+        wait_until(n, n->settle_until_ns);
+        if (n->closing)
+            break;
+        pthread_mutex_unlock(&n->lock);
+        int error = nbd_connect(n, ATTEMPT_MS, &link, reason);
+
+        pthread_mutex_lock(&n->lock);
+        if (!error) {
+            pause_ms = 0;
+            n->status.connects++;
+            hand_over(n, &link);
+            continue;
+        }
+        if (n->closing)
+            break;
+        n->status.failures++;
+        say(n, is_refusal(error) ? VD_BACKEND_REFUSED : VD_BACKEND_CONNECTING, reason);
+        pause_ms = pause_ms ? (2 * pause_ms < RETRY_MAX_MS ? 2 * pause_ms : RETRY_MAX_MS) : SETTLE_MS;
+        wait_until(n, now_ns() + pause_ms * 1000000);
+    }
+    n->finished = true;
+    pthread_cond_broadcast(&n->changed);
+    pthread_mutex_unlock(&n->lock);
+    return NULL;
+}
+
+void nbd_want(struct nbd_queue *nq)
+{
+    struct nbd *n = nq->nbd;
+
+    pthread_mutex_lock(&n->lock);
+    nq->next_wanting = n->wanting;
+    n->wanting = nq;
+    nq->asked = true;
+    if (nq->why) {
+        n->settle_until_ns = now_ns() + SETTLE_MS * 1000000ull;
+        say(n, VD_BACKEND_CONNECTING, nq->why);
+    }
+    pthread_cond_broadcast(&n->changed);
+    pthread_mutex_unlock(&n->lock);
+}
+
+bool nbd_take(struct nbd_queue *nq)
+{
+    if (!load_acquire(&nq->ready))
+        return false;
+    pthread_mutex_lock(&nq->nbd->lock);
+    nq->link = nq->fresh;
+    nq->ready = nq->asked = false;
+    pthread_mutex_unlock(&nq->nbd->lock);
+    return true;
+}
+
+void nbd_want_no_more(struct nbd_queue *nq)
+{
+    struct nbd *n = nq->nbd;
+
+    pthread_mutex_lock(&n->lock);
+    for (struct nbd_queue **at = &n->wanting; *at; at = &(*at)->next_wanting)
+        if (*at == nq) {
+            *at = nq->next_wanting;
+            break;
+        }
+    if (nq->ready)
+        nbd_link_close(&nq->fresh);
+    nq->ready = nq->asked = false;
+    pthread_mutex_unlock(&n->lock);
+}

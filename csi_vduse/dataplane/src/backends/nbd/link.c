@@ -1,0 +1,206 @@
+/*
+ * A queue's connection in use. The queue's thread runs all of it.
+ *
+ *   DOWN      no connection: the connector was asked for one, requests wait
+ *   UP        commands are sent and answered
+ *   CLOSING   lost: shut down, and closed as soon as the kernel has let go of our buffers
+ *
+ * Kept true: a request that was taken from the driver is in one of the lists, waiting or sent, until it is answered.
+ * After a loss all that was sent waits again, in the order in which it was sent first, in front of what has not been sent. Reads,
+ * writes, zeroes and discards may be done twice; what was not answered has no order towards each other, and a FLUSH covers
+ * only what was answered before it came, so the order of sending is enough.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+#include "nbd.h"
+#include "secure.h"
+
+const char *nbd_why(int error)
+{
+    return error == -ESHUTDOWN ? "the server is shutting down" : "the server broke the protocol";
+}
+
+int nbd_queue_open(struct vd_queue *q)
+{
+    struct nbd_queue *nq = NULL;
+
+    if (posix_memalign((void **)&nq, 64, sizeof(*nq)))
+        return -ENOMEM;
+    memset(nq, 0, sizeof(*nq));
+    q->backend = nq;
+    nq->nbd = q->engine->backend;
+    nq->queue = q;
+    nq->link.fd = -1;
+    nq->slots = calloc(q->config.size, sizeof(*nq->slots));
+    nq->send_iov = calloc(NBD_IOV_MAX, sizeof(*nq->send_iov));
+    nq->receive_iov = calloc(NBD_IOV_MAX, sizeof(*nq->receive_iov));
+    nq->spill = malloc(NBD_SPILL_BYTES + NBD_HEADER_MAX);
+    nq->tls_buffer = malloc(NBD_TLS_BYTES);
+    if (nq->slots && nq->send_iov && nq->receive_iov && nq->spill && nq->tls_buffer) {
+        nbd_want(nq);
+        return 0;
+    }
+    nbd_queue_close(q);
+    return -ENOMEM;
+}
+
+static bool is_busy(const struct nbd_queue *nq)
+{
+    return nq->sending || nq->receiving || nq->watching;
+}
+
+void nbd_queue_close(struct vd_queue *q)
+{
+    struct nbd_queue *nq = q->backend;
+
+    nbd_want_no_more(nq);
+    if (nq->link.fd >= 0)
+        shutdown(nq->link.fd, SHUT_RDWR);
+    while (is_busy(nq)) {
+        struct io_uring_cqe *cqe;
+        unsigned head, n = 0;
+
+        io_uring_submit_and_wait(&q->uring, 1);
+        io_uring_for_each_cqe(&q->uring, head, cqe) {
+            n++;
+            if (vd_event_is_backends(io_uring_cqe_get_data(cqe)))
+                nbd_event(q, io_uring_cqe_get_data(cqe), cqe->res);
+        }
+        io_uring_cq_advance(&q->uring, n);
+    }
+    nbd_link_close(&nq->link);
+    store_relaxed(&q->stats->remote.connected, 0);
+    free(nq->slots);
+    free(nq->send_iov);
+    free(nq->receive_iov);
+    free(nq->spill);
+    free(nq->tls_buffer);
+    free(nq);
+    q->backend = NULL;
+}
+
+void nbd_lost(struct nbd_queue *nq, const char *why)
+{
+    if (nq->state != NBD_UP)
+        return;
+    nq->state = NBD_CLOSING;
+    nq->broken = true;
+    nq->why = why;
+    shutdown(nq->link.fd, SHUT_RDWR);
+}
+
+/* Everything that was sent is to be sent again, first and in the same order. */
+static void take_back(struct nbd_queue *nq)
+{
+    uint64_t resent = 0;
+
+    while (nq->sent.last) {
+        struct nbd_slot *slot = nq->sent.last;
+
+        nbd_remove(&nq->sent, slot);
+        slot->sent = false;
+        slot->prev = NULL;
+        slot->next = nq->waiting.first;
+        if (slot->next)
+            slot->next->prev = slot;
+        else
+            nq->waiting.last = slot;
+        nq->waiting.first = slot;
+        resent++;
+    }
+    count_up(&nq->queue->stats->remote.resent, resent);
+}
+
+static void close_lost(struct nbd_queue *nq)
+{
+    nbd_link_close(&nq->link);
+    take_back(nq);
+    nq->state = NBD_DOWN;
+    nq->broken = false;
+    store_relaxed(&nq->queue->stats->remote.connected, 0);
+    count_up(&nq->queue->stats->remote.losses, 1);
+}
+
+/* Nobody waits for the requests any more. */
+static void give_up(struct nbd_queue *nq)
+{
+    struct nbd_slot *slot;
+
+    nbd_lost(nq, "");
+    if (nq->state == NBD_CLOSING && !is_busy(nq))
+        close_lost(nq);
+    while (nq->state == NBD_DOWN && (slot = nq->waiting.first)) {
+        nbd_remove(&nq->waiting, slot);
+        vd_request_finish(nq->queue, slot->request, ECANCELED);
+    }
+}
+
+/* Have the end of the connection wake the queue, also when nothing is to be received. */
+static void watch(struct nbd_queue *nq)
+{
+    void *tag = nbd_tag(nq, NBD_WATCH);
+    struct io_uring_sqe *sqe = vd_queue_sqe(nq->queue, tag);
+
+    io_uring_prep_poll_add(sqe, nq->link.fd, POLLRDHUP);
+    io_uring_sqe_set_data(sqe, tag);
+    nq->watching = true;
+}
+
+void nbd_turn(struct vd_queue *q)
+{
+    struct nbd_queue *nq = q->backend;
+
+    if (load_relaxed(&q->abandoned)) {
+        give_up(nq);
+        return;
+    }
+    if (nq->state == NBD_CLOSING && !is_busy(nq))
+        close_lost(nq);
+    if (nq->state == NBD_DOWN) {
+        if (!nq->asked)
+            nbd_want(nq);
+        if (!nbd_take(nq))
+            return;
+        nq->state = NBD_UP;
+        store_relaxed(&q->stats->remote.connected, 1);
+        nbd_receive_reset(nq);
+        nq->send_first = nq->send_count = nq->tls_have = nq->tls_sent = 0;
+        watch(nq);
+    }
+    if (nq->state != NBD_UP)
+        return;
+    nbd_send(nq);
+    nbd_receive(nq);
+}
+
+void nbd_event(struct vd_queue *q, void *data, int result)
+{
+    struct nbd_queue *nq = q->backend;
+
+    switch ((uintptr_t)data & NBD_TAGS) {
+    case NBD_SEND:
+        if (nq->link.ssl)
+            nbd_secure_send_done(nq, result);
+        else
+            nbd_send_done(nq, result);
+        return;
+    case NBD_RECEIVE:
+        if (load_relaxed(&q->abandoned)) {
+            nq->receiving = false; /* what came is in nobody's buffers, or nobody looks at it */
+            return;
+        }
+        if (nq->link.ssl)
+            nbd_secure_receive_done(nq, result);
+        else
+            nbd_receive_done(nq, result);
+        return;
+    default:
+        nq->watching = false;
+        /* What the server answered before it went can still be read, and the read finds the end. */
+        if (!nq->receiving)
+            nbd_lost(nq, "the server closed the connection");
+    }
+}

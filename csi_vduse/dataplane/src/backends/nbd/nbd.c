@@ -1,0 +1,207 @@
+/*
+ * The NBD backend: an export of a server elsewhere. nbd.h says which part is where; each queue has a connection of its own.
+ *
+ * At open one connection is made, so that what can never work is refused at once; not so where a device that exists
+ * already is to be served again: then the server may be away, and requests wait for it.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "nbd.h"
+
+enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000 };
+
+static char *copy(const char *text)
+{
+    return strdup(text ? text : "");
+}
+
+static void free_target(struct nbd_target *t)
+{
+    char *strings[] = { t->host, t->service, t->socket, t->export, t->certificates, t->psk_file, t->psk_identity,
+                        t->tls_hostname };
+
+    for (size_t i = 0; i < sizeof(strings) / sizeof(strings[0]); i++)
+        free(strings[i]);
+}
+
+static int copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
+{
+    *t = (struct nbd_target){ copy(c->host), copy(c->service), copy(c->socket), copy(c->export_name), c->tls,
+                              copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
+    if (t->host && t->service && t->socket && t->export && t->certificates && t->psk_file && t->psk_identity &&
+        t->tls_hostname)
+        return 0;
+    free_target(t);
+    return -ENOMEM;
+}
+
+/* True if the thread has ended: one that looks up a name cannot be interrupted, and keeps what it uses. */
+static bool stop_connector(struct nbd *n)
+{
+    uint64_t one = 1, until_ns = now_ns() + JOIN_MS * 1000000ull;
+    struct timespec until = { (time_t)(until_ns / 1000000000), (long)(until_ns % 1000000000) };
+    int error = 0;
+
+    (void)!write(n->cancel_fd, &one, sizeof(one));
+    pthread_mutex_lock(&n->lock);
+    n->closing = true;
+    pthread_cond_broadcast(&n->changed);
+    while (n->threaded && !n->finished && !error)
+        error = pthread_cond_timedwait(&n->changed, &n->lock, &until);
+    bool finished = !n->threaded || n->finished;
+
+    pthread_mutex_unlock(&n->lock);
+    if (n->threaded && finished)
+        pthread_join(n->thread, NULL);
+    else if (n->threaded)
+        pthread_detach(n->thread);
+    return finished;
+}
+
+static void nbd_close(void *state)
+{
+    struct nbd *n = state;
+
+    if (!stop_connector(n))
+        return;
+    nbd_link_close(&n->spare);
+    if (n->cancel_fd >= 0)
+        close(n->cancel_fd);
+    free_target(&n->target);
+    pthread_mutex_destroy(&n->lock);
+    pthread_cond_destroy(&n->changed);
+    free(n);
+}
+
+static int new_nbd(const struct vd_config *config, struct nbd **result)
+{
+    pthread_condattr_t monotonic;
+    struct nbd *n = calloc(1, sizeof(*n));
+
+    if (!n)
+        return -ENOMEM;
+    if (copy_target(&n->target, config->nbd)) {
+        free(n);
+        return -ENOMEM;
+    }
+    n->config = *config;
+    n->needed_bytes = config->capacity_bytes;
+    n->spare.fd = -1;
+    pthread_mutex_init(&n->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&n->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    n->status.state = VD_BACKEND_CONNECTING;
+    n->cancel_fd = eventfd(0, EFD_CLOEXEC);
+    if (n->cancel_fd < 0) {
+        nbd_close(n);
+        return -EMFILE;
+    }
+    *result = n;
+    return 0;
+}
+
+static int nbd_open(const struct vd_config *config, void **state)
+{
+    char reason[NBD_REASON_BYTES] = "";
+    struct nbd *n;
+    int error = config->nbd ? new_nbd(config, &n) : -EINVAL;
+
+    if (error)
+        return error;
+    if (!config->nbd->wait)
+        error = nbd_connect(n, OPEN_MS, &n->spare, reason);
+    if (!error && !config->nbd->wait) {
+        n->export = n->spare.export;
+        n->status.connects = 1;
+        n->status.state = VD_BACKEND_CONNECTED;
+    }
+    if (!error)
+        error = -pthread_create(&n->thread, NULL, nbd_connector_run, n);
+    if (error) {
+        if (config->reason)
+            snprintf(config->reason, NBD_REASON_BYTES, "%s", reason);
+        nbd_close(n);
+        return error;
+    }
+    n->threaded = true;
+    *state = n;
+    return 0;
+}
+
+static void nbd_info(void *state, struct vd_backend_info *info)
+{
+    struct nbd *n = state;
+
+    pthread_mutex_lock(&n->lock);
+    info->direct = 1;
+    info->discard = 1;
+    info->capacity_bytes = n->export.size_bytes;
+    info->status = n->status;
+    pthread_mutex_unlock(&n->lock);
+}
+
+/* The size is said in the handshake only: shake hands once more. */
+static int nbd_resize(void *state, uint64_t capacity_bytes)
+{
+    struct nbd *n = state;
+    char reason[NBD_REASON_BYTES];
+    struct nbd_link link;
+    int error = nbd_connect(n, LOOK_MS, &link, reason);
+
+    if (!error)
+        nbd_link_close(&link);
+    pthread_mutex_lock(&n->lock);
+    if (!error)
+        n->export.size_bytes = link.export.size_bytes;
+    if (!error && capacity_bytes > n->export.size_bytes)
+        error = -EINVAL;
+    if (!error)
+        n->needed_bytes = capacity_bytes;
+    pthread_mutex_unlock(&n->lock);
+    return error;
+}
+
+int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason)
+{
+    struct vd_config about = { .max_queues = 1, .read_only = 1, .event_fd = -1, .nbd = config };
+    struct nbd_link link;
+    struct nbd *n;
+    int error = new_nbd(&about, &n);
+
+    if (error)
+        return error;
+    error = nbd_connect(n, timeout_ms, &link, reason);
+    nbd_close(n);
+    if (error)
+        return error;
+    *info = (struct vd_nbd_info){
+        .size_bytes = link.export.size_bytes,
+        .min_block_bytes = link.export.min_block,
+        .max_payload_bytes = link.export.max_payload,
+        .flags = link.export.flags,
+        .structured = link.export.structured,
+        .extended = link.export.extended,
+        .tls_in_kernel = config->tls && !link.ssl,
+    };
+    nbd_link_close(&link);
+    return 0;
+}
+
+const struct vd_backend_ops vd_backend_nbd = {
+    .name = "nbd",
+    .open = nbd_open,
+    .close = nbd_close,
+    .info = nbd_info,
+    .submit = nbd_submit,
+    .resize = nbd_resize,
+    .queue_open = nbd_queue_open,
+    .queue_close = nbd_queue_close,
+    .turn = nbd_turn,
+    .event = nbd_event,
+};

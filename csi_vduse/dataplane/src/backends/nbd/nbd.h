@@ -1,0 +1,256 @@
+/*
+ * The NBD backend's parts and what they share.
+ *
+ *   nbd.c         the backend as the engine sees it: open, close, info
+ *   connector.c   one thread of the backend: makes connections, again and again, and hands them to queues
+ *   negotiate.c   a fresh socket becomes a connection: the protocol's handshake
+ *   stream.c      bytes through a socket, plain or TLS, with a deadline
+ *   link.c        a queue's connection in use: states, loss, and replay
+ *   send.c        requests into the socket, many in one system call
+ *   receive.c     replies out of the socket, straight into the driver's buffers
+ *   reply.c       one reply's header: read and checked
+ *   steps.c       a virtio-blk request as one or several NBD commands
+ *   secure.c      send and receive through TLS that the kernel does not do
+ *
+ * Queue threads own their link; the connector owns what it has not handed over yet. What both touch is behind
+ * nbd.lock, which nobody holds while waiting for anything but the lock's own condition.
+ */
+#ifndef VD_NBD_H
+#define VD_NBD_H
+
+#include <openssl/ssl.h>
+#include <sys/socket.h>
+
+#include "../../engine.h"
+#include "wire.h"
+
+enum {
+    NBD_REASON_BYTES = 160,
+    NBD_IOV_MAX = 1024,           /* of one system call: UIO_MAXIOV */
+    NBD_PREDICTED_MAX = 32,       /* replies whose place is prepared before they are here */
+    NBD_SPILL_BYTES = 256 * 1024, /* what may have to be put elsewhere because it was not what was predicted */
+    NBD_TLS_BYTES = 64 * 1024,
+};
+
+/* A socket with a deadline; ssl is NULL when the bytes in it are plain, or the kernel's TLS makes them so. */
+struct nbd_stream {
+    int fd;
+    SSL *ssl;
+    int cancel_fd;       /* readable: give up */
+    uint64_t deadline_ns;
+};
+
+/* What the server says of the export. */
+struct nbd_export {
+    uint64_t size_bytes;
+    uint16_t flags;      /* enum nbd_flag */
+    uint32_t min_block;  /* bytes; every offset and length is a multiple */
+    uint32_t max_payload;
+    bool structured, extended;
+};
+
+/* A negotiated connection. */
+struct nbd_link {
+    int fd;
+    SSL *ssl;
+    struct nbd_export export;
+};
+
+/* Whom to connect to; strings of our own. */
+struct nbd_target {
+    char *host, *service, *socket, *export;
+    bool tls;
+    char *certificates, *psk_file, *psk_identity, *tls_hostname;
+};
+
+/* The backend's state. */
+struct nbd {
+    struct nbd_target target;
+    struct vd_config config;     /* its numbers; the strings are not ours */
+    int cancel_fd;
+    pthread_t thread;
+    bool threaded;
+    pthread_mutex_t lock;        /* all below */
+    pthread_cond_t changed;
+    bool closing, finished;
+    struct nbd_queue *wanting;   /* queues that wait for a connection */
+    struct nbd_link spare;       /* the one that open made, until a queue takes it; fd -1: none */
+    struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
+    uint64_t settle_until_ns;    /* no new connection before */
+    uint64_t needed_bytes;       /* an export that is smaller is refused */
+    struct vd_backend_status status;
+};
+
+/* A command of a request, under way or waiting; one for each request of the queue. */
+struct nbd_slot {
+    struct nbd_slot *next, *prev; /* in a list, in order of submission */
+    struct vd_request *request;
+    uint64_t cookie;
+    uint64_t offset, length;
+    uint16_t type, flags;
+    bool sent;
+    bool unstable;                /* something was written that the request must make stable before it ends */
+    bool flushed;
+    struct iovec *iov;            /* payload */
+    uint32_t iov_count;
+    uint32_t received;            /* of a read's payload */
+    int error;                    /* positive errno, of a chunk */
+    uint64_t sent_ns;
+    uint8_t header[NBD_EXTENDED_REQUEST_BYTES];
+};
+
+struct nbd_list {
+    struct nbd_slot *first, *last;
+};
+
+/* A reply's header, read and checked; the numbers are the protocol's. */
+struct nbd_reply {
+    struct nbd_slot *slot;
+    uint32_t header_bytes;
+    uint32_t at;          /* where its payload or hole begins in the command's */
+    uint32_t payload;     /* bytes that follow the header and belong into the command's buffers */
+    uint32_t hole;        /* zeros that do not follow */
+    uint32_t skip;        /* bytes that follow and are nobody's */
+    int error;            /* positive errno */
+    bool done;            /* the command's last */
+};
+
+enum nbd_link_state { NBD_DOWN, NBD_UP, NBD_CLOSING };
+
+/* What a queue's thread has. */
+struct nbd_queue {
+    struct nbd *nbd;
+    struct vd_queue *queue;
+    struct nbd_queue *next_wanting;
+    struct nbd_link fresh;        /* behind nbd.lock until ready */
+    bool ready;                   /* the connector has filled fresh */
+    bool asked;
+
+    struct nbd_link link;
+    enum nbd_link_state state;
+    bool broken;                  /* is to be closed as soon as the kernel is done with our buffers */
+    bool sending, receiving, watching; /* submissions under way */
+    const char *why;              /* it was lost; NULL: never */
+    uint64_t cookies;
+
+    struct nbd_slot *slots;       /* by the request's number */
+    struct nbd_list waiting;      /* to be sent */
+    struct nbd_list sent;         /* to be answered */
+
+    struct iovec *send_iov;
+    uint32_t send_count, send_first;
+    struct msghdr send_message;
+
+    /* Of the reply that is being received. */
+    uint8_t header[NBD_HEADER_MAX];
+    uint32_t header_have;
+    struct nbd_reply reply;       /* slot or skip is set: payload_left or skip_left bytes of it are to come */
+    bool in_payload;
+    uint32_t payload_left, skip_left;
+
+    /* Of the receive under way: first what is certain, then what is predicted. */
+    struct iovec *receive_iov;
+    uint32_t receive_count;
+    struct msghdr receive_message;
+    uint32_t certain_bytes;
+    uint32_t predicted;           /* replies; 0: the rest of the receive goes to spill */
+    struct {
+        struct nbd_slot *slot;
+        uint32_t iov;             /* index of its header's piece */
+        uint32_t header_bytes, payload_bytes;
+    } prediction[NBD_PREDICTED_MAX];
+    uint8_t stage[NBD_PREDICTED_MAX][NBD_HEADER_MAX];
+    uint32_t trust;               /* how often predictions were right lately */
+    uint32_t read_header, other_header; /* bytes of the last reply's header of a read, and of anything else */
+    uint8_t *spill;
+    uint8_t *tls_buffer;
+    uint32_t tls_have, tls_sent;
+};
+
+/* Who a completion is for: the low bits of its user data, always odd; requests are even. */
+enum nbd_tag { NBD_SEND = 1, NBD_RECEIVE = 3, NBD_WATCH = 5, NBD_TAGS = 7 };
+
+static inline void *nbd_tag(struct nbd_queue *nq, enum nbd_tag tag)
+{
+    return (void *)((uintptr_t)nq | tag);
+}
+
+/* stream.c */
+int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes);
+int nbd_stream_write(struct nbd_stream *s, const void *from, size_t bytes);
+int nbd_stream_connect(struct nbd_stream *s, const struct sockaddr *address, socklen_t length);
+int nbd_stream_handshake(struct nbd_stream *s);
+
+/* negotiate.c: on an error reason says what went wrong. */
+int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct nbd_export *export,
+                  char reason[NBD_REASON_BYTES]);
+
+/* tls.c */
+int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES]);
+/* What the kernel does in both directions we need not do. */
+bool nbd_tls_is_kernel(SSL *ssl);
+
+/* connector.c */
+int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES]);
+void nbd_link_close(struct nbd_link *link);
+void *nbd_connector_run(void *argument);
+/* The queue needs a connection; it is woken when nbd_link_taken gives one. */
+void nbd_want(struct nbd_queue *nq);
+bool nbd_take(struct nbd_queue *nq);
+void nbd_want_no_more(struct nbd_queue *nq);
+
+/* link.c */
+int nbd_queue_open(struct vd_queue *q);
+void nbd_queue_close(struct vd_queue *q);
+void nbd_turn(struct vd_queue *q);
+void nbd_event(struct vd_queue *q, void *data, int result);
+/* The connection cannot be used any more. */
+void nbd_lost(struct nbd_queue *nq, const char *why);
+/* What an error of a reply says of the server. */
+const char *nbd_why(int error);
+
+/* send.c */
+void nbd_send(struct nbd_queue *nq);
+void nbd_send_done(struct nbd_queue *nq, int result);
+
+/* receive.c */
+void nbd_receive(struct nbd_queue *nq);
+void nbd_receive_done(struct nbd_queue *nq, int result);
+void nbd_receive_reset(struct nbd_queue *nq);
+/* Bytes as they come. */
+int nbd_feed(struct nbd_queue *nq, const uint8_t *from, uint32_t bytes);
+
+/* reply.c: 0 with the header read, 1 if more bytes than have are needed (header_bytes says how many), or -EPROTO. */
+int nbd_reply_parse(struct nbd_queue *nq, const uint8_t *header, uint32_t have, struct nbd_reply *reply);
+
+/* steps.c */
+void nbd_submit(struct vd_queue *q, struct vd_request *r);
+/* What the request needs next, as a command; false if it is done. */
+bool nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot);
+/* A command has been answered: the next one of its request, or the request's end. */
+void nbd_command_done(struct nbd_queue *nq, struct nbd_slot *slot);
+
+static inline void nbd_append(struct nbd_list *list, struct nbd_slot *slot)
+{
+    slot->next = NULL;
+    slot->prev = list->last;
+    if (list->last)
+        list->last->next = slot;
+    else
+        list->first = slot;
+    list->last = slot;
+}
+
+static inline void nbd_remove(struct nbd_list *list, struct nbd_slot *slot)
+{
+    if (slot->prev)
+        slot->prev->next = slot->next;
+    else
+        list->first = slot->next;
+    if (slot->next)
+        slot->next->prev = slot->prev;
+    else
+        list->last = slot->prev;
+}
+
+#endif

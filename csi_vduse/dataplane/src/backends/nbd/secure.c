@@ -1,0 +1,107 @@
+/*
+ * Send and receive through a TLS session of ours, where the kernel has no TLS: the session works on the socket without
+ * blocking, and the queue's io_uring tells when it can go on. What is sent is gathered once, for the records are encrypted
+ * anyway; what arrives is decrypted into spill and put in place from there.
+ */
+#include <errno.h>
+#include <openssl/err.h>
+#include <poll.h>
+
+#include "secure.h"
+
+static void wait_for(struct nbd_queue *nq, enum nbd_tag tag, short events)
+{
+    void *data = nbd_tag(nq, tag);
+    struct io_uring_sqe *sqe = vd_queue_sqe(nq->queue, data);
+
+    io_uring_prep_poll_add(sqe, nq->link.fd, (unsigned)events);
+    io_uring_sqe_set_data(sqe, data);
+    if (tag == NBD_SEND)
+        nq->sending = true;
+    else
+        nq->receiving = true;
+}
+
+/* Fill the buffer from the pieces that are left. */
+static void gather(struct nbd_queue *nq)
+{
+    nq->tls_have = nq->tls_sent = 0;
+    while (nq->send_first < nq->send_count && nq->tls_have < NBD_TLS_BYTES) {
+        struct iovec *piece = &nq->send_iov[nq->send_first];
+        size_t n = piece->iov_len < NBD_TLS_BYTES - nq->tls_have ? piece->iov_len : NBD_TLS_BYTES - nq->tls_have;
+
+        memcpy(nq->tls_buffer + nq->tls_have, piece->iov_base, n);
+        nq->tls_have += (uint32_t)n;
+        piece->iov_base = (uint8_t *)piece->iov_base + n;
+        piece->iov_len -= n;
+        if (!piece->iov_len)
+            nq->send_first++;
+    }
+}
+
+void nbd_secure_send(struct nbd_queue *nq)
+{
+    for (;;) {
+        size_t moved;
+
+        if (nq->tls_sent == nq->tls_have)
+            gather(nq);
+        if (!nq->tls_have)
+            return;
+        ERR_clear_error();
+        int result = SSL_write_ex(nq->link.ssl, nq->tls_buffer + nq->tls_sent, nq->tls_have - nq->tls_sent, &moved);
+
+        if (result == 1) {
+            nq->tls_sent += (uint32_t)moved;
+            continue;
+        }
+        switch (SSL_get_error(nq->link.ssl, result)) {
+        case SSL_ERROR_WANT_WRITE:
+            wait_for(nq, NBD_SEND, POLLOUT);
+            return;
+        case SSL_ERROR_WANT_READ:
+            wait_for(nq, NBD_SEND, POLLIN);
+            return;
+        default:
+            nbd_lost(nq, "the connection broke while sending");
+            return;
+        }
+    }
+}
+
+void nbd_secure_send_done(struct nbd_queue *nq, int result)
+{
+    nq->sending = false;
+    if (result < 0 || nq->broken)
+        nbd_lost(nq, "the connection broke while sending");
+    else
+        nbd_secure_send(nq);
+}
+
+void nbd_secure_receive(struct nbd_queue *nq)
+{
+    wait_for(nq, NBD_RECEIVE, POLLIN);
+}
+
+void nbd_secure_receive_done(struct nbd_queue *nq, int result)
+{
+    int error = 0;
+    size_t bytes;
+
+    nq->receiving = false;
+    if (result < 0 || nq->broken) {
+        nbd_lost(nq, "the connection broke while receiving");
+        return;
+    }
+    count_up(&nq->queue->stats->remote.receives, 1);
+    ERR_clear_error();
+    while (!error && SSL_read_ex(nq->link.ssl, nq->spill, NBD_SPILL_BYTES, &bytes) == 1)
+        error = nbd_feed(nq, nq->spill, (uint32_t)bytes);
+    if (error) {
+        nbd_lost(nq, nbd_why(error));
+        return;
+    }
+    error = SSL_get_error(nq->link.ssl, 0);
+    if (error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE)
+        nbd_lost(nq, "the server closed the connection");
+}

@@ -1,0 +1,132 @@
+/*
+ * Bytes through a fresh connection, for the connector's thread: whole or an error, never longer than the deadline, and
+ * ended at once by the cancel descriptor. The socket does not block.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include "nbd.h"
+
+/* Wait until the socket can; 0 or -errno. */
+static int wait_for(const struct nbd_stream *s, short events)
+{
+    struct pollfd polled[2] = { { .fd = s->fd, .events = events }, { .fd = s->cancel_fd, .events = POLLIN } };
+    uint64_t now = now_ns();
+
+    if (now >= s->deadline_ns)
+        return -ETIMEDOUT;
+    int n = poll(polled, 2, (int)((s->deadline_ns - now) / 1000000 + 1));
+
+    if (n < 0)
+        return errno == EINTR ? 0 : -errno;
+    return polled[1].revents ? -ECANCELED : 0;
+}
+
+/* What an operation on the TLS session that did not move anything asks for; 0: try again, or -errno. */
+static int tls_wait(const struct nbd_stream *s, int result)
+{
+    switch (SSL_get_error(s->ssl, result)) {
+    case SSL_ERROR_WANT_READ:
+        return wait_for(s, POLLIN);
+    case SSL_ERROR_WANT_WRITE:
+        return wait_for(s, POLLOUT);
+    default:
+        return -ECONNRESET;
+    }
+}
+
+int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes)
+{
+    uint8_t *at = to;
+
+    while (bytes) {
+        size_t moved = 0;
+        int error = 0;
+
+        if (s->ssl) {
+            int result = SSL_read_ex(s->ssl, at, bytes, &moved);
+
+            if (result != 1)
+                error = tls_wait(s, result);
+        } else {
+            ssize_t n = recv(s->fd, at, bytes, MSG_DONTWAIT);
+
+            if (n > 0)
+                moved = (size_t)n;
+            else if (!n)
+                error = -ECONNRESET;
+            else if (errno == EAGAIN || errno == EINTR)
+                error = wait_for(s, POLLIN);
+            else
+                error = -errno;
+        }
+        if (error)
+            return error;
+        at += moved;
+        bytes -= moved;
+    }
+    return 0;
+}
+
+int nbd_stream_write(struct nbd_stream *s, const void *from, size_t bytes)
+{
+    const uint8_t *at = from;
+
+    while (bytes) {
+        size_t moved = 0;
+        int error = 0;
+
+        if (s->ssl) {
+            int result = SSL_write_ex(s->ssl, at, bytes, &moved);
+
+            if (result != 1)
+                error = tls_wait(s, result);
+        } else {
+            ssize_t n = send(s->fd, at, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+            if (n >= 0)
+                moved = (size_t)n;
+            else if (errno == EAGAIN || errno == EINTR)
+                error = wait_for(s, POLLOUT);
+            else
+                error = -errno;
+        }
+        if (error)
+            return error;
+        at += moved;
+        bytes -= moved;
+    }
+    return 0;
+}
+
+int nbd_stream_connect(struct nbd_stream *s, const struct sockaddr *address, socklen_t length)
+{
+    int error;
+    socklen_t size = sizeof(error);
+
+    if (!connect(s->fd, address, length))
+        return 0;
+    if (errno != EINPROGRESS && errno != EAGAIN)
+        return -errno;
+    error = wait_for(s, POLLOUT);
+    if (error)
+        return error;
+    if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size))
+        return -errno;
+    return -error;
+}
+
+int nbd_stream_handshake(struct nbd_stream *s)
+{
+    for (;;) {
+        int result = SSL_connect(s->ssl);
+
+        if (result == 1)
+            return 0;
+        int error = tls_wait(s, result);
+
+        if (error)
+            return error;
+    }
+}

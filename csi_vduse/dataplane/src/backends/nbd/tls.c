@@ -1,0 +1,160 @@
+/*
+ * TLS on a fresh connection: certificates of both sides, or a key that both know. OpenSSL does the handshake; from then
+ * on the kernel does the rest where it can (kTLS), and the connection is used as if it were plain.
+ *
+ * OpenSSL gives the kernel the receiving side of TLS 1.3 from its version 3.2 on, that of 1.2 always. Where the kernel has
+ * TLS and OpenSSL is older, 1.2 with AES-GCM is used, as safe, and without a copy of ours.
+ */
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/x509v3.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "nbd.h"
+
+enum { PSK_MAX = 256 };
+
+/* A PSK file's entry: lines of IDENTITY:HEX (psktool(1)). Returns the key's length, 0 if there is none. */
+static unsigned find_psk(const char *path, const char *identity, char *name, size_t name_bytes, unsigned char *key)
+{
+    FILE *file = fopen(path, "re");
+    char line[1024];
+    unsigned length = 0;
+
+    while (file && !length && fgets(line, sizeof(line), file)) {
+        char *colon = strrchr(line, ':');
+
+        if (!colon || line[0] == '#')
+            continue;
+        *colon = 0;
+        if ((identity[0] && strcmp(line, identity)) || strlen(line) >= name_bytes)
+            continue;
+        snprintf(name, name_bytes, "%s", line);
+        unsigned value;
+
+        for (const char *hex = colon + 1; length < PSK_MAX && sscanf(hex, "%2x", &value) == 1 && hex[1] != '\n'; hex += 2)
+            key[length++] = (unsigned char)value;
+    }
+    if (file)
+        fclose(file);
+    OPENSSL_cleanse(line, sizeof(line));
+    return length;
+}
+
+static unsigned give_psk(SSL *ssl, const char *hint, char *identity, unsigned identity_bytes, unsigned char *key,
+                         unsigned key_bytes)
+{
+    const struct nbd_target *target = SSL_get_ex_data(ssl, 0);
+    unsigned char found[PSK_MAX];
+    unsigned length = find_psk(target->psk_file, target->psk_identity, identity, identity_bytes, found);
+
+    (void)hint;
+    if (length > key_bytes)
+        length = 0;
+    memcpy(key, found, length);
+    OPENSSL_cleanse(found, sizeof(found));
+    return length;
+}
+
+static int load_certificates(SSL_CTX *context, const char *folder, char *reason)
+{
+    char path[3][4200];
+    static const char *const names[] = { "ca-cert.pem", "client-cert.pem", "client-key.pem" };
+
+    for (int i = 0; i < 3; i++)
+        snprintf(path[i], sizeof(path[i]), "%.4096s/%s", folder, names[i]);
+    if (SSL_CTX_load_verify_file(context, path[0]) != 1) {
+        snprintf(reason, NBD_REASON_BYTES, "%.120s cannot be used as CA certificate", path[0]);
+        return -EINVAL;
+    }
+    if (access(path[1], F_OK) && access(path[2], F_OK))
+        return 0; /* the server may not ask who we are */
+    if (SSL_CTX_use_certificate_chain_file(context, path[1]) != 1 ||
+        SSL_CTX_use_PrivateKey_file(context, path[2], SSL_FILETYPE_PEM) != 1) {
+        snprintf(reason, NBD_REASON_BYTES, "client certificate and key in %.100s cannot be used", folder);
+        return -EINVAL;
+    }
+    return 0;
+}
+
+/* Without a connection the kernel refuses TLS, but for another reason if it does not have it (tcp_set_ulp, tls_init). */
+static bool kernel_has_tls(void)
+{
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) && errno == ENOTCONN;
+
+    if (fd >= 0)
+        close(fd);
+    return has;
+}
+
+static int set_up(SSL_CTX *context, const struct nbd_target *target, char *reason)
+{
+    SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
+    if (OpenSSL_version_num() < 0x30200000ul && !target->socket[0] && kernel_has_tls())
+        SSL_CTX_set_max_proto_version(context, TLS1_2_VERSION);
+    SSL_CTX_set_options(context, SSL_OP_ENABLE_KTLS | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
+    SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    if (target->psk_file[0]) {
+        SSL_CTX_set_psk_client_callback(context, give_psk);
+        SSL_CTX_set_cipher_list(context, "kDHEPSK+AESGCM:kECDHEPSK+CHACHA20:kPSK+AESGCM");
+        return 0;
+    }
+    SSL_CTX_set_verify(context, SSL_VERIFY_PEER, NULL);
+    SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM");
+    return load_certificates(context, target->certificates, reason);
+}
+
+/* The server must be whom the URI names, unless the keys themselves say who it is. */
+static int name_peer(SSL *ssl, const struct nbd_target *target)
+{
+    const char *name = target->tls_hostname[0] ? target->tls_hostname : target->host;
+    X509_VERIFY_PARAM *parameters = SSL_get0_param(ssl);
+
+    if (target->psk_file[0])
+        return 1;
+    if (!name[0])
+        return SSL_set1_host(ssl, "localhost"); /* behind a unix socket, as libnbd has it */
+    if (X509_VERIFY_PARAM_set1_ip_asc(parameters, name) == 1)
+        return 1;
+    return SSL_set_tlsext_host_name(ssl, name) == 1 && SSL_set1_host(ssl, name);
+}
+
+int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES])
+{
+    SSL_CTX *context = SSL_CTX_new(TLS_client_method());
+    int error = context ? set_up(context, target, reason) : -ENOMEM;
+    SSL *ssl = error ? NULL : SSL_new(context);
+
+    if (!error && (!ssl || SSL_set_fd(ssl, s->fd) != 1 || SSL_set_ex_data(ssl, 0, (void *)target) != 1 ||
+                   name_peer(ssl, target) != 1))
+        error = -ENOMEM;
+    SSL_CTX_free(context); /* the session holds it */
+    if (!error) {
+        s->ssl = ssl;
+        error = nbd_stream_handshake(s);
+    }
+    if (error) {
+        long verified = ssl ? SSL_get_verify_result(ssl) : X509_V_OK;
+        unsigned long code = ERR_peek_last_error();
+
+        if (!reason[0])
+            snprintf(reason, NBD_REASON_BYTES, "TLS: %.140s",
+                     verified != X509_V_OK ? X509_verify_cert_error_string(verified)
+                     : code              ? ERR_reason_error_string(code)
+                                         : strerror(-error));
+        ERR_clear_error();
+        s->ssl = NULL;
+        SSL_free(ssl);
+    }
+    return error == -ECONNRESET ? -EACCES : error;
+}
+
+bool nbd_tls_is_kernel(SSL *ssl)
+{
+    return BIO_get_ktls_send(SSL_get_wbio(ssl)) && BIO_get_ktls_recv(SSL_get_rbio(ssl)) && !SSL_pending(ssl);
+}

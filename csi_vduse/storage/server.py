@@ -1,0 +1,272 @@
+"""The storage server: what happens, in order, when an image is made, copied, grown or removed.
+
+Kept true:
+- An image has a record from the moment it is seen (store.py); who has it is in publications.py.
+- One operation at a time on each image; one that has begun is finished or undone (the caller's end does not
+  stop it, service.py). Only a copy, which can take long, has its source for itself at its begin and its end
+  alone: a volume that is being copied can be published and taken back, so a copy never delays a fence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from csi_vduse.errors import FailedPrecondition, InvalidArgument, OutOfRange, Pending, VduseError
+from csi_vduse.run import run
+from csi_vduse.storage.block import Block
+from csi_vduse.storage.config import ServerConfig
+from csi_vduse.storage.core import Core, close_quietly, node_of
+from csi_vduse.storage.daemon import Daemon
+from csi_vduse.storage.model import Format, Image, Key, Kind
+from csi_vduse.storage.publications import Publications, Published
+
+_SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True)
+class ImageStatus:
+    """An image as it is now; problem is empty if nothing is wrong."""
+
+    image: Image
+    allocated_bytes: int
+    problem: str
+
+
+class StorageServer:
+    """See the module.
+
+    Args:
+        config: what it is told.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._core = Core(config)
+        self._publications = Publications(self._core)
+        self._daemon = Daemon(config, self._publications.recover)
+
+    @property
+    def daemon_pid(self) -> int:
+        """Process id of the daemon; 0 while there is none."""
+        return self._daemon.pid
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Have the directory and a daemon that serves it while the body runs.
+
+        Raises:
+            FailedPrecondition: the directory is missing or taken, or the daemon does not start.
+        """
+        self._core.config.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._core.store.locked():
+            await self._core.disk(self._core.store.pool_id)
+            try:
+                await self._daemon.start()
+                await self._core.disk(self._core.store.clean)
+                mending = asyncio.create_task(self._publications.mend())
+                try:
+                    yield
+                finally:
+                    mending.cancel()
+            finally:
+                await self._daemon.close()
+                self._core.threads.close()
+
+    async def pool_id(self) -> str:
+        """Return the pool's id.
+
+        Raises:
+            Unavailable: the daemon is away.
+        """
+        self._core.require_block()
+        return await self._core.disk(self._core.store.pool_id)
+
+    async def usage(self) -> tuple[int, int, int]:
+        """Return the pool's size, what others occupy, and what snapshots occupy, in bytes."""
+        return await self._core.disk(self._core.store.usage)
+
+    async def create(self, volume_id: str, size_bytes: int) -> None:
+        """Make a volume that reads as zeros; fine if it is there."""
+        key = Key(Kind.VOLUME, volume_id)
+        _require_sectors(size_bytes)
+        async with self._core.alone(key):
+            if await self._core.disk(self._core.store.find, key) is not None:
+                return
+            image = Image(key, self._core.config.image_format, size_bytes)
+            async with self._unfinished(image) as path:
+                await self._make_file(path, image)
+
+    async def copy(self, source: Key, target: Key, size_bytes: int, *, timeout_s: float) -> int:
+        """Make an image with the source's content at one moment; return that moment, ns since 1970.
+
+        The source may be in use: its clients do not notice. Fine if the target is there.
+
+        Args:
+            source: a volume or snapshot.
+            target: becomes an independent image.
+            size_bytes: of the target, at least the source's.
+            timeout_s: after this the copy is given up and nothing is left.
+
+        Raises:
+            NotFound: there is no such source.
+            OutOfRange: it is larger than size_bytes.
+            DeadlineExceeded: timeout_s was not enough.
+        """
+        until_s = time.monotonic() + timeout_s
+        _require_sectors(size_bytes)
+        async with self._core.alone(target):
+            if await self._core.disk(self._core.store.find, target) is not None:
+                return time.time_ns()
+            found = await self._core.require(source)
+            block = self._core.require_block()
+            async with AsyncExitStack() as undo:
+                await undo.enter_async_context(self._being_copied(block, source))
+                source_bytes = await block.size_bytes(node_of(found))
+                if source_bytes > size_bytes:
+                    raise OutOfRange(
+                        f"{source.id} has {source_bytes} bytes, its copy was to have {size_bytes}"
+                    )
+                image = Image(target, self._core.config.image_format, size_bytes)
+                path = await undo.enter_async_context(self._unfinished(image))
+                await self._make_file(path, replace(image, size_bytes=source_bytes))
+                node = f"t-{secrets.token_hex(8)}"
+                await block.open(node, path, image.format)
+                undo.push_async_callback(close_quietly, block, node)
+                await block.copy(node_of(found), node, until_s=until_s)
+                cut_ns = time.time_ns()
+                if source_bytes != size_bytes:
+                    await block.resize(node, size_bytes)
+                await block.close(node)
+            return cut_ns
+
+    async def expand(self, volume_id: str, size_bytes: int) -> None:
+        """Grow a volume; fine if it is that large. Its clients are cut off for a moment and come back.
+
+        Raises:
+            NotFound: there is none.
+        """
+        key = Key(Kind.VOLUME, volume_id)
+        _require_sectors(size_bytes)
+        async with self._core.alone(key):
+            self._refuse_copied(key)
+            image = await self._core.require(key)
+            block = self._core.require_block()
+            async with AsyncExitStack() as undo:
+                await self._opened(block, image, undo)
+                if await block.size_bytes(node_of(image)) < size_bytes:
+                    try:
+                        for one in image.publications:
+                            if one.export in block.exports:
+                                await block.remove_export(one.export)
+                        await block.resize(node_of(image), size_bytes)
+                    finally:
+                        await self._publications.resume(block, image)
+            await self._core.disk(
+                self._core.store.save, replace(image, size_bytes=max(image.size_bytes, size_bytes))
+            )
+
+    async def delete(self, key: Key) -> None:
+        """Remove an image; fine if it is gone.
+
+        Raises:
+            FailedPrecondition: it is published.
+        """
+        async with self._core.alone(key):
+            self._refuse_copied(key)
+            image = await self._core.disk(self._core.store.find, key)
+            if image is not None and image.publications:
+                nodes = ", ".join(one.node_id for one in image.publications)
+                raise FailedPrecondition(f"{key.id} is published at {nodes}", hint="unpublish it first")
+            if image is not None:
+                await self._core.require_block().close(node_of(image))
+            await self._core.disk(self._core.store.delete, key)
+
+    async def status(self, key: Key) -> ImageStatus | None:
+        """Return an image as it is, or None if there is none."""
+        image = await self._core.disk(self._core.store.find, key)
+        if image is None:
+            return None
+        try:
+            current = await self._core.disk(self._core.store.refreshed, image)
+        except VduseError as error:
+            return ImageStatus(image, 0, str(error))
+        return ImageStatus(current, await self._core.disk(self._core.store.allocated_bytes, image), "")
+
+    async def volumes(self) -> list[Image]:
+        """Return what the records say of all volumes."""
+        return await self._core.disk(self._core.store.list, Kind.VOLUME)
+
+    async def publish(self, volume_id: str, node_id: str, *, read_only: bool, shared: bool) -> Published:
+        """See Publications.publish."""
+        return await self._publications.publish(volume_id, node_id, read_only=read_only, shared=shared)
+
+    async def unpublish(self, volume_id: str, node_id: str = "") -> None:
+        """See Publications.unpublish."""
+        await self._publications.unpublish(volume_id, node_id)
+
+    async def _opened(self, block: Block, image: Image, undo: AsyncExitStack) -> None:
+        """Open an image for one operation; what is published stays open after it."""
+        read_only = image.key.kind is Kind.SNAPSHOT
+        await block.open(
+            node_of(image), self._core.store.image_path(image), image.format, read_only=read_only
+        )
+        if not image.publications:
+            undo.push_async_callback(close_quietly, block, node_of(image))
+
+    @asynccontextmanager
+    async def _being_copied(self, block: Block, key: Key) -> AsyncIterator[None]:
+        """Keep a source open while the body copies it, whoever is given it or loses it meanwhile."""
+        async with self._core.alone(key):
+            image = await self._core.require(key)
+            read_only = key.kind is Kind.SNAPSHOT
+            await block.open(
+                node_of(image), self._core.store.image_path(image), image.format, read_only=read_only
+            )
+            self._core.copied[key] += 1
+        try:
+            yield
+        finally:
+            async with self._core.alone(key):
+                self._core.copied[key] -= 1
+                current = await self._core.disk(self._core.store.find, key)
+                if not self._core.copied[key]:
+                    del self._core.copied[key]
+                    if current is not None and not current.publications:
+                        await close_quietly(block, node_of(current))
+
+    def _refuse_copied(self, key: Key) -> None:
+        if self._core.copied[key]:
+            raise Pending(f"{key.id} is being copied", hint="retry when the copy is done")
+
+    @asynccontextmanager
+    async def _unfinished(self, image: Image) -> AsyncIterator[Path]:
+        """Give a path for the image's file; the image appears when the body ends well."""
+        path = await self._core.disk(self._core.store.prepare, image)
+        try:
+            yield path
+            await self._core.disk(self._core.store.finish, image, path)
+        except BaseException:
+            await self._core.disk(self._core.store.discard, path)
+            raise
+
+    async def _make_file(self, path: Path, image: Image) -> None:
+        if image.format is Format.RAW:
+            await self._core.disk(_make_sparse, path, image.size_bytes)
+        else:
+            await run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(image.size_bytes)])
+
+
+def _make_sparse(path: Path, size_bytes: int) -> None:
+    with path.open("xb") as file:
+        path.chmod(0o600)
+        file.truncate(size_bytes)
+
+
+def _require_sectors(size_bytes: int) -> None:
+    if size_bytes <= 0 or size_bytes % _SECTOR_BYTES:
+        raise InvalidArgument(f"size {size_bytes} is not a positive multiple of {_SECTOR_BYTES}")

@@ -1,0 +1,242 @@
+/* The NBD backend against a server that is right, in all the protocol's dialects, and data checked by content. */
+#include <string.h>
+
+#include "engine.h"
+#include "fake_nbd.h"
+#include "nbd_rig.h"
+
+static void dialect(bool structured, bool extended, bool fragments, bool holes)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.structured = structured;
+    s.extended = extended;
+    s.fragments = fragments;
+    s.holes = holes;
+    nbd_rig_open(&rig, &s, (struct plan){ .event_idx = true, .size = 128 });
+    nbd_exercise(&rig, &s, 120, 7);
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
+BOTH(nbd_reads_and_writes_are_right_with_simple_replies) { dialect(false, false, false, false); }
+BOTH(nbd_reads_and_writes_are_right_with_structured_replies) { dialect(true, false, false, false); }
+BOTH(nbd_reads_and_writes_are_right_with_fragments_in_the_wrong_order) { dialect(true, false, true, false); }
+BOTH(nbd_reads_and_writes_are_right_with_holes) { dialect(true, false, true, true); }
+BOTH(nbd_reads_and_writes_are_right_with_extended_headers) { dialect(true, true, true, true); }
+
+BOTH(nbd_answers_in_the_opposite_order_end_where_they_belong)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.reverse = true;
+    nbd_rig_open(&rig, &s, (struct plan){ .event_idx = true, .size = 256 });
+    nbd_exercise(&rig, &s, 100, 8);
+    CHECK(rig_stats(&rig, 0).remote.copied_bytes > 0);
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_answers_in_order_are_never_copied)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 65536);
+
+    for (int i = 0; i < 50; i++) {
+        fake_nbd_settle(&s);
+        pattern(s.image + 4096, 65536, (uint64_t)i);
+        fake_nbd_settle(&s);
+        CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 8, 65536), VIRTIO_BLK_S_OK);
+        CHECK(is_pattern(b.data, 65536, (uint64_t)i));
+    }
+    CHECK_EQUAL(rig_stats(&rig, 0).remote.copied_bytes, 0);
+    CHECK_EQUAL(rig_stats(&rig, 0).remote.received_bytes, 50 * 65536);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_requests_larger_than_the_servers_maximum_are_split)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.max_payload = 8192;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 100 * 1024);
+
+    pattern(b.data, 100 * 1024, 3);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 8, 100 * 1024), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(load_relaxed(&s.writes), 13);
+    fake_nbd_settle(&s);
+    CHECK(is_pattern(s.image + 4096, 100 * 1024, 3));
+    memset(b.data, 0, 100 * 1024);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 8, 100 * 1024), VIRTIO_BLK_S_OK);
+    CHECK(is_pattern(b.data, 100 * 1024, 3));
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
+/* One extent of a discard or of zeroing. */
+static uint8_t clear(struct rig *rig, uint32_t type, uint64_t sector, uint32_t sectors, bool unmap)
+{
+    struct blk b = blk_new(rig, 4096);
+    struct virtio_blk_discard_write_zeroes segment = { .sector = sector, .num_sectors = sectors, .flags = unmap };
+
+    memcpy(b.data, &segment, sizeof(segment));
+    return blk_do(&rig->q[0], &b, type, 0, sizeof(segment));
+}
+
+CASE(nbd_what_the_server_offers_is_used)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 4096);
+
+    memset(s.image, 0x77, 4 * MIB);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_DISCARD, 0, 16, false), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_WRITE_ZEROES, 64, 16, false), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_WRITE_ZEROES, 128, 16, true), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(s.flushes, 1);
+    CHECK_EQUAL(s.trims, 1);
+    CHECK_EQUAL(s.zeroes, 2);
+    CHECK_EQUAL(s.no_holes, 1);
+    CHECK_EQUAL(s.writes, 0);
+    CHECK(is_byte(s.image + 64 * 512, 8192, 0) && is_byte(s.image + 80 * 512, 512, 0x77));
+    CHECK_EQUAL(s.fuas, 0);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_what_the_server_does_not_offer_is_done_otherwise_or_left_out)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.flags = NBD_FLAG_HAS_FLAGS;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 4096);
+
+    memset(s.image, 0x77, 4 * MIB);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_DISCARD, 0, 16, false), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_WRITE_ZEROES, 64, 2048, true), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(s.flushes + s.trims + s.zeroes, 0);
+    CHECK_EQUAL(s.writes, 4);
+    CHECK(is_byte(s.image + 64 * 512, MIB, 0) && is_byte(s.image, 64 * 512, 0x77) &&
+          is_byte(s.image + 64 * 512 + MIB, 512, 0x77));
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_writes_of_a_driver_without_flush_are_stable_when_they_complete)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .no_flush = true });
+    struct blk b = blk_new(&rig, 4096);
+
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 0, 4096), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(s.fuas, 1);
+    CHECK_EQUAL(s.flushes, 0);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_OK);
+    rig_close(&rig);
+    fake_nbd_kill(&s);
+    s.flags &= (uint16_t)~NBD_FLAG_FUA;
+    fake_nbd_restart(&s);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .no_flush = true });
+    b = blk_new(&rig, 4096);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 0, 4096), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK_EQUAL(s.fuas, 1);
+    CHECK_EQUAL(s.flushes, 1);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_each_queue_has_a_connection_of_its_own)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .queues = 3 });
+    for (uint32_t i = 0; i < 3; i++)
+        blk_prove(&rig, i);
+    CHECK_EQUAL(load_relaxed(&s.connections), 3); /* the one that open made is among them */
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_several_queues_are_refused_where_the_server_allows_one_connection)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.flags &= (uint16_t)~NBD_FLAG_MULTI_CONN;
+    nbd_rig_plan(&rig, &s, (struct plan){ .size = 64, .queues = 2 });
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -EMLINK);
+    CHECK(strstr(rig.config.reason, "MULTI_CONN"));
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_an_export_that_is_too_small_or_read_only_or_unknown_is_refused)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_plan(&rig, &s, (struct plan){ .size = 64, .capacity = 8 * MIB });
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -ENOSPC);
+    s.flags |= NBD_FLAG_READ_ONLY;
+    rig.config.capacity_bytes = 4 * MIB;
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -EROFS);
+    rig.config.read_only = 1;
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), 0);
+    vd_engine_free(rig.engine);
+    store_relaxed(&s.refuse, true);
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -ENOENT);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_a_volume_grows_when_the_server_says_so)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .capacity = 2 * MIB });
+    struct blk b = blk_new(&rig, 4096);
+
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 3 * MIB / 512, 4096), VIRTIO_BLK_S_IOERR);
+    CHECK_EQUAL(vd_engine_set_capacity(rig.engine, 5 * MIB), -EINVAL);
+    CHECK_EQUAL(vd_engine_set_capacity(rig.engine, 4 * MIB), 0);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 3 * MIB / 512, 4096), VIRTIO_BLK_S_OK);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}

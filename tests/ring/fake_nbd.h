@@ -1,0 +1,74 @@
+/*
+ * An NBD server in a thread, on a unix socket: it keeps to the protocol until it is told to break it, and counts what a client
+ * must not do.
+ */
+#ifndef RING_FAKE_NBD_H
+#define RING_FAKE_NBD_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "harness.h"
+
+enum misdeed {
+    BE_GOOD,
+    CLOSE,        /* instead of an answer */
+    HALF,         /* of an answer, then close */
+    BAD_MAGIC,
+    BAD_COOKIE,   /* of no command */
+    TWICE,        /* the same answer */
+    ABSURD,       /* a chunk's length */
+    OUTSIDE,      /* a chunk that is not in the command's range */
+    TOO_MUCH,     /* more chunks than the command has room for */
+    MISSING,      /* done, but not all was sent */
+    UNKNOWN_TYPE, /* of chunk */
+    FAIL_EIO,
+    FAIL_SHUTDOWN,
+    FAIL_EIO_WITH_TEXT, /* in a chunk, after half of the data */
+    MISDEEDS
+};
+
+enum { FAKE_CONNECTIONS = 256 };
+
+struct fake_nbd {
+    char path[108];
+    uint8_t *image;
+    uint64_t size;
+    /* What it says and can; changed between connections. */
+    bool structured, extended, fragments, holes;
+    uint16_t flags;
+    uint32_t min_block, max_payload;
+    int misdeed;          /* with the answer that skip has come down to, once; behind lock */
+    uint32_t skip;
+    /* What it does; changed at any time. */
+    bool hold;            /* answer nothing */
+    bool reverse;         /* answer what came together in the opposite order */
+    bool refuse;          /* unknown export */
+    /* What it saw. */
+    uint32_t connections, reads, writes, flushes, trims, zeroes, fuas, no_holes, violations;
+    int listener;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    int sockets[FAKE_CONNECTIONS]; /* of connections that live */
+    uint32_t alive;
+    bool stopping;
+};
+
+/* A server of size bytes with all flags; serves at once. */
+void fake_nbd_open(struct fake_nbd *s, uint64_t size);
+/* As kill -9 does it: the listener and all connections go. */
+void fake_nbd_kill(struct fake_nbd *s);
+void fake_nbd_restart(struct fake_nbd *s);
+/* Once, after so many good answers. */
+void fake_nbd_misbehave(struct fake_nbd *s, int misdeed, uint32_t skip);
+/*
+ * Between the test's use of the image and the server's: what the engine does in between is beyond the sight of the thread
+ * sanitizer.
+ */
+void fake_nbd_settle(struct fake_nbd *s);
+void fake_nbd_close(struct fake_nbd *s);
+/* The engine's configuration for it. */
+struct vd_nbd_config fake_nbd_config(const struct fake_nbd *s);
+
+#endif

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.model import Format
+from csi_vduse.storage.server import StorageServer
+
+
+@pytest.fixture(params=[Format.RAW, Format.QCOW2], ids=lambda one: one.value)
+def image_format(request) -> Format:
+    return request.param
+
+
+@pytest.fixture
+def config(tmp_path: Path, image_format: Format) -> ServerConfig:
+    (tmp_path / "pool").mkdir()
+    return ServerConfig(
+        directory=tmp_path / "pool",
+        run_dir=tmp_path / "run",
+        control=Address(path=tmp_path / "control.sock"),
+        nbd=Address(path=tmp_path / "nbd.sock"),
+        image_format=image_format,
+    )
+
+
+@contextlib.asynccontextmanager
+async def started(config: ServerConfig) -> AsyncIterator[StorageServer]:
+    server = StorageServer(config)
+    async with server.running():
+        yield server
+
+
+@pytest.fixture
+async def server(config: ServerConfig) -> AsyncIterator[StorageServer]:
+    async with started(config) as running:
+        yield running
