@@ -222,14 +222,16 @@ def has_state(found: Object, *names: str) -> bool:
     return found.get("status", {}).get("state", "") in names
 
 
-def error_status(error: VduseError, generation: int) -> Object:
+def error_status(error: VduseError, generation: int, *, retrying: bool = False) -> Object:
     """Return an error as a part of a status.
 
     Args:
         error: what went wrong.
         generation: of the object whose spec was being met.
+        retrying: its node goes on trying: told to people, not answered to callers.
     """
     return {
+        "retrying": retrying,
         "code": error.grpc_code,
         "message": error.message,
         "hint": error.hint,
@@ -238,9 +240,9 @@ def error_status(error: VduseError, generation: int) -> Object:
 
 
 def error_from_status(found: Object) -> VduseError | None:
-    """Return what its node says went wrong with the spec as it is now, or None."""
+    """Return what its node says cannot be done about the spec as it is now, or None."""
     said = found.get("status", {}).get("error")
-    if not said or said.get("generation") != found["metadata"].get("generation"):
+    if not said or said.get("retrying") or said.get("generation") != found["metadata"].get("generation"):
         return None
     kinds = {
         kind.grpc_code: kind
