@@ -72,9 +72,7 @@ class Election:
             log.get().warning("not leading any more", lease=self._name)
 
     async def release(self) -> None:
-        """Give the lease back, so that another takes it at once; failing is harmless."""
-        if not self.leading:
-            return
+        """Give the lease back if it is ours, so that another takes it at once; failing is harmless."""
         with suppress(VduseError):
             found = await self._api.get(self._leases, self._name)
             if found is not None and found["spec"].get("holderIdentity") == self._identity:

@@ -128,7 +128,8 @@ class NodeWork:
             await self._act(resource, found, step)
         except VduseError as error:
             await self._report(resource, found, step, error)
-            raise
+            if isinstance(error, _TRANSIENT) or step is Step.DELETE:
+                raise
         finally:
             self._locks.release(keys)
         self._enqueue((resource, name))  # there may be another step

@@ -260,6 +260,14 @@ def quantity(size_bytes: int) -> str:
     return f"{size_bytes}{_UNITS[power]}"
 
 
+def rough_quantity(size_bytes: int) -> str:
+    """Return a size for people only, such as 19Gi: rounded down to a whole number below 10000."""
+    power = 0
+    while size_bytes >= 10_000 and power < len(_UNITS) - 1:
+        size_bytes, power = size_bytes // 1024, power + 1
+    return f"{size_bytes}{_UNITS[power]}"
+
+
 def _created_at_ns(found: Object) -> int:
     text = found["metadata"].get("creationTimestamp")
     if not text:

@@ -214,24 +214,24 @@ class FakeApi:
         self._watchers.add(task)
         try:
             async with asyncio.timeout(float(request.query["timeoutSeconds"])):
-                while True:
-                    for number, kind, path, before, body in list(self._history):
+                while not self.away:
+                    newest, history = self._version, list(self._history)
+                    for number, kind, path, before, body in history:
                         if number <= version or path.rpartition("/")[0] != request.path:
                             continue
-                        version = number
                         was, is_now = before is not None and matches(before), matches(body)
                         shown = kind
                         if kind == "MODIFIED":
                             shown = {(True, False): "DELETED", (False, True): "ADDED"}.get(
                                 (was, is_now), kind
                             )
-                        if not (was or is_now):
-                            continue
-                        await response.write(json.dumps({"type": shown, "object": body}).encode() + b"\n")
+                        if was or is_now:
+                            line = json.dumps({"type": shown, "object": body}).encode() + b"\n"
+                            await response.write(line)
+                    version = newest
                     async with self._changed:
-                        await self._changed.wait_for(lambda seen=version: self._version > seen or self.away)
-                    if not any(number > version for number, *_ in self._history):
-                        version = self._version
+                        await self._changed.wait_for(lambda seen=newest: self._version > seen or self.away)
+                return response
         except (TimeoutError, ConnectionError):
             return response
         finally:
