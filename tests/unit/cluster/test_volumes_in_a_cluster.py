@@ -7,7 +7,6 @@ import pytest
 
 from csi_vduse.agent.model import AttachSpec
 from csi_vduse.dataplane.backend_spec import NullBackend
-from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, VOLUMES
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services import remote, waiting
@@ -51,8 +50,8 @@ async def expand(cluster, id_, required, limit=0):
     return await cluster.controller.ControllerExpandVolume(request, timeout=TIMEOUT_S)
 
 
-async def attach(node, id_, capacity=4 * MIB, throttle=Throttle()):
-    spec = AttachSpec(volume_id=id_, backend=NullBackend(), capacity_bytes=capacity, throttle=throttle)
+async def attach(node, id_):
+    spec = AttachSpec(volume_id=id_, backend=NullBackend(), capacity_bytes=4 * MIB)
     await node.agent.attach(spec)
 
 
