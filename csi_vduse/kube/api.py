@@ -77,16 +77,18 @@ class ApiServer:
             return None
 
     async def list(
-        self, resource: Resource, field_selector: str = ""
-    ) -> tuple[list[Object], str]:  # `list` here is still the built-in one
+        self, resource: Resource, field_selector: str = "", label_selector: str = ""
+    ) -> tuple[list[Object], str]:
         """Return all objects of a kind, and the version that a watch goes on from.
 
         Args:
             resource: the kind.
             field_selector: such as "spec.nodeName=n1"; the CRD must offer the field.
+            label_selector: such as "app=x".
         """
         found: list[Object] = []
         query = {"limit": str(_PAGE)} | ({"fieldSelector": field_selector} if field_selector else {})
+        query |= {"labelSelector": label_selector} if label_selector else {}
         while True:
             answer = await self._call("GET", resource.base, query=query)
             found += answer["items"]
@@ -128,6 +130,18 @@ class ApiServer:
             await self._call("DELETE", resource.named(name), body={"propagationPolicy": "Background"})
         except NotFound:
             return
+
+    async def read_text(self, path: str) -> str:
+        """Return what a path answers that is no object, such as a pod's metrics through the API server.
+
+        Raises:
+            Unavailable: it does not answer.
+        """
+        try:
+            async with await self._request("GET", path) as response:
+                return await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unavailable(f"{path} does not answer: {error!r}") from error
 
     async def watch(self, resource: Resource, version: str, field_selector: str = "") -> AsyncIterator[Event]:
         """Yield changes since `version` until the server ends the watch, as it does every minute or two.

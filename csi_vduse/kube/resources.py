@@ -42,7 +42,8 @@ VOLUMES = Resource("VduseVolume", f"/apis/{API_VERSION}/vdusevolumes")
 SNAPSHOTS = Resource("VduseSnapshot", f"/apis/{API_VERSION}/vdusesnapshots")
 NODES = Resource("VduseNode", f"/apis/{API_VERSION}/vdusenodes")
 CORE_NODES = Resource("Node", "/api/v1/nodes")
-CSI_NODES = Resource("CSINode", "/apis/storage.k8s.io/v1/csinodes")
+PODS = Resource("Pod", "/api/v1/pods")
+PERSISTENT_VOLUMES = Resource("PersistentVolume", "/api/v1/persistentvolumes")
 
 
 def leases(namespace: str) -> Resource:
