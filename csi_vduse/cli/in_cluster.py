@@ -11,7 +11,7 @@ from csi_vduse import log
 from csi_vduse.errors import VduseError
 from csi_vduse.kube.api import ApiServer, connect
 
-Serve = Callable[[ApiServer], AbstractAsyncContextManager[None]]
+Serve = Callable[[ApiServer], AbstractAsyncContextManager[object]]
 
 
 def run_until_told(serve: Serve, kubeconfig: str | None = None) -> int:

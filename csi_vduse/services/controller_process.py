@@ -56,8 +56,8 @@ class Mirrors:
 
 
 @asynccontextmanager
-async def serving(config: ControllerConfig, api: ApiServer) -> AsyncIterator[None]:
-    """Be a controller while the body runs.
+async def serving(config: ControllerConfig, api: ApiServer) -> AsyncIterator[Mirrors]:
+    """Be a controller while the body runs; gives what it knows of the cluster.
 
     Raises:
         FailedPrecondition: the socket or the address cannot be bound.
@@ -87,7 +87,7 @@ async def serving(config: ControllerConfig, api: ApiServer) -> AsyncIterator[Non
             observe=metrics.observe_rpc,
         )
         stack.push_async_callback(server.stop)
-        yield
+        yield mirrors
 
 
 async def _resign(election: Election, leading: asyncio.Task[None]) -> None:

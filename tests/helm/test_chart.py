@@ -31,13 +31,26 @@ TIMEOUT_S = 300
 
 @pytest.fixture(scope="session")
 def helm() -> str:
-    built = subprocess.run([ROOT / "tools/build_helm.sh"], check=True, capture_output=True, text=True, timeout=1800)
+    built = subprocess.run(
+        [ROOT / "tools/build_helm.sh"], check=True, capture_output=True, text=True, timeout=1800
+    )
     return built.stdout.strip()
 
 
 def render(helm: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [helm, "template", "vduse", str(CHART), "--namespace", "vduse-system", "--kube-version", KUBERNETES]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    command = [
+        helm,
+        "template",
+        "vduse",
+        str(CHART),
+        "--namespace",
+        "vduse-system",
+        "--kube-version",
+        KUBERNETES,
+    ]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
 
 
 def rendered(helm: str, *arguments: str) -> list[dict]:
@@ -128,7 +141,9 @@ def test_selectors_hold_nothing_that_a_release_changes(default):
     for kind in ("Deployment", "DaemonSet"):
         for name, each in of_kind(default, kind).items():
             labels = each["spec"]["selector"]["matchLabels"]
-            assert set(labels) == {f"app.kubernetes.io/{key}" for key in ("name", "instance", "component")}, name
+            assert set(labels) == {f"app.kubernetes.io/{key}" for key in ("name", "instance", "component")}, (
+                name
+            )
 
 
 def test_the_agent_is_upgraded_beside_the_old_one(default):
@@ -190,7 +205,9 @@ def test_no_role_has_a_wildcard_or_secrets(everything):
 def test_digests_go_before_tags(everything):
     deployment = of_kind(everything, "Deployment")["vduse-csi-vduse-controller"]["spec"]["template"]["spec"]
     images = {container["name"]: container["image"] for container in deployment["containers"]}
-    assert images["controller"].endswith("@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef")
+    assert images["controller"].endswith(
+        "@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+    )
     assert "@sha256:fedcba98" in images["csi-provisioner"]
     assert images["csi-attacher"].endswith("csi-attacher:v4.12.0")
 
@@ -232,7 +249,14 @@ def conforms(value, schema, path="") -> None:
     if value is None:
         assert schema.get("nullable"), f"{path} is null"
         return
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
+    kinds = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+    }
     assert isinstance(value, kinds[schema["type"]]), f"{path}: {value!r} is no {schema['type']}"
     if "enum" in schema:
         assert value in schema["enum"], f"{path}: {value!r}"
