@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from csi_vduse.errors import (
     AlreadyExists,
@@ -50,6 +51,7 @@ from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 from csi_vduse.volumes.topology import node_segments, satisfies
 
 _THROTTLE_WAIT_S = 20.0
+_DETACH_WAIT_S = 8.0
 
 
 class RemoteProvisioner:
@@ -117,7 +119,12 @@ class RemoteProvisioner:
         found = await self._api.get(VOLUMES, volume_id) if is_volume_id(volume_id) else None
         if found is None:
             return
-        attachment = found.get("status", {}).get("attachment")
+        if _attachment(found):
+            with suppress(DeadlineExceeded):  # detached just now, perhaps, and its node has not said so yet
+                found = await self._volumes.wait_for(
+                    volume_id, lambda now: not _attachment(now), timeout_s=_DETACH_WAIT_S, what="its detach"
+                )
+        attachment = _attachment(found)
         if attachment:
             raise FailedPrecondition(
                 f"volume {volume_id!r} is in use on {attachment.get('node')}: device {attachment.get('device')}",
@@ -353,6 +360,11 @@ class RemoteSnapshotter:
             block_size_bytes=volume.parameters.block_size_bytes,
             node=volume.node,
         )
+
+
+def _attachment(found: Object | None) -> Object | None:
+    attachment: Object | None = ((found or {}).get("status") or {}).get("attachment")
+    return attachment
 
 
 def _require_same_snapshot(found: Object, request: CreateSnapshot) -> None:
