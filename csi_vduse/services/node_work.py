@@ -79,6 +79,8 @@ class NodeWork:
         self._locks = locks
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
+        self._running: set[Key] = set()
+        self._again: set[Key] = set()
         self._delays_s: dict[Key, float] = {}
         for resource, mirror in self._mirrors.items():
             mirror.listen(self._listener(resource))
@@ -101,6 +103,10 @@ class NodeWork:
         while True:
             key = await self._queue.get()
             self._queued.discard(key)
+            if key in self._running:  # it changed while another of us works on it: look again afterwards
+                self._again.add(key)
+                continue
+            self._running.add(key)
             resource, name = key
             with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
                 try:
@@ -115,6 +121,11 @@ class NodeWork:
                 except Exception:  # noqa: BLE001 - one object must not stop the work on the others
                     log.get().exception("unexpected error")
                     self._retry(key, None)
+                finally:
+                    self._running.discard(key)
+            if key in self._again:
+                self._again.discard(key)
+                self._enqueue(key)
 
     async def _look_and_act(self, resource: Resource, name: str) -> None:
         found = await self._api.get(resource, name)
