@@ -20,7 +20,6 @@ from csi_vduse.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     Pending,
     ResourceExhausted,
     Unavailable,
@@ -31,16 +30,15 @@ from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, is_going
 from csi_vduse.services.nodes_view import NodesView, default_pool
 from csi_vduse.services.planning import (
+    grown_bytes,
     mismatch,
     new_volume,
-    require_possible,
     require_same,
     require_source_in,
 )
 from csi_vduse.services.validation import CreateSnapshot, CreateVolume, ExpandVolume
 from csi_vduse.services.waiting import WAIT_S, wait_gone, wait_settled
 from csi_vduse.volumes import kubernetes_objects as objects
-from csi_vduse.volumes import sizes
 from csi_vduse.volumes.ids import is_snapshot_id, is_volume_id
 from csi_vduse.volumes.ids import snapshot_id as snapshot_id_of
 from csi_vduse.volumes.ids import volume_id as volume_id_of
@@ -143,18 +141,9 @@ class RemoteProvisioner:
             VduseError: what the node says; the volume keeps its size.
         """
         volume = await self.ready_volume(request.volume_id)
-        if request.use is not None:
-            require_possible((request.use,), volume)
-        if volume.capacity_bytes >= request.wanted.required_bytes:
-            if not request.wanted.allows(volume.capacity_bytes):
-                raise OutOfRange(
-                    f"volume {volume.id} has {volume.capacity_bytes} bytes, the limit is "
-                    f"{request.wanted.limit_bytes}; volumes do not shrink"
-                )
+        wanted_bytes = grown_bytes(volume, request)
+        if wanted_bytes == volume.capacity_bytes:
             return volume
-        wanted_bytes = sizes.choose(
-            request.wanted, smallest_bytes=volume.capacity_bytes, default_bytes=volume.capacity_bytes
-        )
         found = await self._set_capacity(volume.id, wanted_bytes)
         found = await self._done(
             volume.id,
