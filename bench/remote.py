@@ -7,28 +7,23 @@ the rest of the machine's is the client side: fio, the client, and all that the 
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, fio, syscalls
+from bench import fio
 from bench.fio import Target
-from bench.results import OURS, QSD, Missing, conditions
+from bench.results import conditions
 from bench.servers import (
     BenchError,
     Server,
-    disk,
     ours,
     qemu_storage_daemon,
     running,
     tool,
     undone_by,
     wait,
-    without_scheduler,
 )
 from bench.vm import Effort, Found, keep
 
@@ -79,7 +74,7 @@ def kernel_nbd(number: int, connections: int) -> Server:
 @contextmanager
 def _fio_alone(_queues: int) -> Iterator[Target]:
     """No block device at all: the limit."""
-    yield Target(Path(), (), (f"ioengine=nbd", f"uri={URI}"))
+    yield Target(Path(), (), ("ioengine=nbd", f"uri={URI}"))
 
 
 def measure(effort: Effort) -> dict[str, Any]:
@@ -90,24 +85,23 @@ def measure(effort: Effort) -> dict[str, Any]:
     chosen = os.environ.get("BENCH_REMOTE_SERVERS", "")
     with running(
         ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]
-    ) as kit:
-        with ExitStack() as up:
-            targets = _start(
-                up, found, [s for s in servers() if not chosen or s.name in chosen.split("|")], kit.pid
-            )
-            _fill(targets)
-            for number in range(max(effort.rounds, effort.wide_rounds)):
-                for job in JOBS if number < effort.wide_rounds else TARGET_JOBS:
-                    answers = fio.run(
-                        {name: t for name, (_, t) in targets.items()},
-                        job,
-                        runtime_s=effort.runtime_s,
-                        threads=1,
-                        size_bytes=SIZE_BYTES,
-                    )
-                    if fio.HUNG in answers.values():
-                        raise BenchError(f"{job.name}: {fio.HUNG}")
-                    for name, answer in answers.items():
-                        keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
+    ) as kit, ExitStack() as up:
+        targets = _start(
+            up, found, [s for s in servers() if not chosen or s.name in chosen.split("|")], kit.pid
+        )
+        _fill(targets)
+        for number in range(max(effort.rounds, effort.wide_rounds)):
+            for job in JOBS if number < effort.wide_rounds else TARGET_JOBS:
+                answers = fio.run(
+                    {name: t for name, (_, t) in targets.items()},
+                    job,
+                    runtime_s=effort.runtime_s,
+                    threads=1,
+                    size_bytes=SIZE_BYTES,
+                )
+                if fio.HUNG in answers.values():
+                    raise BenchError(f"{job.name}: {fio.HUNG}")
+                for name, answer in answers.items():
+                    keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
     about = conditions(runtime_s=effort.runtime_s, rounds=effort.rounds, server="nbdkit memory, TCP loopback")
     return {"conditions": about, "runs": found.runs, "missing": found.missing, "syscalls": counts}

@@ -12,7 +12,7 @@ from typing import Protocol
 from csi_vduse.backends import nbd
 from csi_vduse.backends.pools import Pools
 from csi_vduse.dataplane import nbd_uri
-from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
+from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from csi_vduse.services.validation import PublishVolume
 from csi_vduse.volumes.model import Bus, State
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
@@ -36,6 +36,44 @@ class KnownNodes:
     async def has(self, node_id: str) -> bool:
         """Look into the list."""
         return node_id in self.ids
+
+
+class Publishing(Protocol):
+    """What the controller asks; `Publisher` says what may be raised."""
+
+    @property
+    def offered(self) -> bool:
+        """Whether there are volumes that have to be published."""
+        ...
+
+    async def publish(self, request: PublishVolume) -> dict[str, str]:
+        """Let a node use a volume; return what it must be told."""
+        ...
+
+    async def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Take a volume back from a node, or from all if node_id is empty."""
+        ...
+
+    async def published(self) -> dict[str, tuple[str, ...]]:
+        """Return the ids of published volumes and of their nodes."""
+        ...
+
+
+class NothingToPublish:
+    """Of pools whose volumes are where they can be used."""
+
+    offered = False
+
+    async def publish(self, request: PublishVolume) -> dict[str, str]:
+        """Is never asked for."""
+        raise Unimplemented(f"volume {request.volume_id!r} needs no publishing")
+
+    async def unpublish(self, volume_id: str, node_id: str) -> None:
+        """Find nothing to take back."""
+
+    async def published(self) -> dict[str, tuple[str, ...]]:
+        """Find nothing."""
+        return {}
 
 
 class Publisher:

@@ -27,6 +27,7 @@ from csi_vduse.services.copies import Copies
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
 from csi_vduse.services.node import Node
+from csi_vduse.services.places import LocalPlaces
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.publishing import KnownNodes, Publisher
 from csi_vduse.services.reconcile import reconcile
@@ -118,7 +119,6 @@ async def _start_controller(
     await reconcile(registry=registry, pools=pools, provisioner=provisioner, snapshotter=snapshotter)
     return Controller(
         registry=registry,
-        pools=pools,
         provisioner=provisioner,
         snapshotter=snapshotter,
         publisher=Publisher(
@@ -127,8 +127,7 @@ async def _start_controller(
             own_node=config.node_id,
             nodes=KnownNodes(frozenset({config.node_id, *config.peer_nodes})),
         ),
-        reservations=reservations,
-        segments=segments,
+        places=LocalPlaces(pools=pools, reservations=reservations, segments=segments),
     )
 
 
