@@ -174,10 +174,21 @@ class SpawnerClient:
     async def spawn(self, listen_path: Path) -> Worker:
         """Start a worker.
 
+        A caller that is cancelled leaves no answer behind, which the next one would take for its own; the worker ends
+        with our connection to it.
+
         Raises:
             Unavailable: the spawner is gone.
             VduseError: it could not fork.
         """
+        asked = asyncio.ensure_future(self._spawn(listen_path))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(_discard)
+            raise
+
+    async def _spawn(self, listen_path: Path) -> Worker:
         async with self._lock:
             channel.send(self._socket, {"op": "spawn", "listen_path": str(listen_path)})
             reply = await self._answers.get()
@@ -212,6 +223,11 @@ class SpawnerClient:
                     self._exit_codes.pop(next(iter(self._exit_codes)))
             else:
                 self._answers.put_nowait((message, fds))
+
+
+def _discard(asked: asyncio.Future[Worker]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().close()
 
 
 async def find_serving(control_path: Path, next_control_path: Path) -> Worker | None:

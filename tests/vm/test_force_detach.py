@@ -43,7 +43,7 @@ def test_what_waits_for_a_backend_that_is_gone_fails_and_the_disk_goes(
         lose_backend(shared, image)
         argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
         readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
-        wait_until(lambda: _in_flight(path) > 0, "a request that waits")
+        wait_until(lambda: _in_flight(path) >= len(readers), "requests that wait")
         assert detach_by_force(shared) < LONGEST_S
         for reader in readers:
             assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]
