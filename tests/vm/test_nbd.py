@@ -16,13 +16,14 @@ from tests.vm.test_agent import detach, inspect
 from tests.vm.test_recovery import kill_worker_when_it_writes, verified_writing, writes
 
 KILLS = 3
+VOLUME = "vol-0123456789abcdef"
 JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
 WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
 
 
 def attach(agent: RunningAgent, backend: agent_pb2.NbdBackend, *, queues: int = 1) -> str:
     request = agent_pb2.AttachRequest(
-        volume_id="vol-1",
+        volume_id=VOLUME,
         backend=agent_pb2.Backend(nbd=backend),
         capacity_bytes=16 * MIB,
         queues=queues,
