@@ -19,10 +19,11 @@ PORT = 10809
 
 @dataclass
 class NbdServer:
-    """A server of one export on loopback; argv is what starts it."""
+    """A server of one export on loopback; argv is what starts it, pid_file where one says who it is that goes on by itself."""
 
     argv: list[str]
     export: str
+    pid_file: Path | None = None
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -36,12 +37,13 @@ class NbdServer:
     def kill(self) -> None:
         """With all its children: they are its group."""
         assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
+        pid = int(self.pid_file.read_text()) if self.pid_file else self.process.pid
+        os.killpg(os.getpgid(pid), signal.SIGKILL)
         self.process.wait()
 
     def _answers(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None
+        assert self.pid_file or self.process.poll() is None
         with socket.socket() as probe:
             probe.settimeout(10)
             return probe.connect_ex(("127.0.0.1", PORT)) == 0 and bool(probe.recv(1))
@@ -63,7 +65,8 @@ def nbd_server(image: Path) -> NbdServer:
     config.write_text(
         f"[generic]\nlistenaddr = 127.0.0.1\nport = {PORT}\n[disk]\nexportname = {image}\nflush = true\nfua = true\n"
     )
-    return NbdServer(["nbd-server", "--nodaemon", "--config-file", str(config)], "disk")
+    pid_file = image.with_suffix(".pid")
+    return NbdServer(["nbd-server", "-C", str(config), "-p", str(pid_file)], "disk", pid_file)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ struct nbd_export {
 struct nbd_link {
     int fd;
     SSL *ssl;
+    bool tls;            /* by us or by the kernel */
     struct nbd_export export;
 };
 
@@ -236,6 +237,8 @@ void nbd_send_done(struct nbd_queue *nq, int result);
 void nbd_receive(struct nbd_queue *nq);
 void nbd_receive_done(struct nbd_queue *nq, int result);
 void nbd_receive_reset(struct nbd_queue *nq);
+/* After a receive: have the server go on. */
+void nbd_acknowledge(struct nbd_queue *nq);
 /* Bytes as they come. */
 int nbd_feed(struct nbd_queue *nq, const uint8_t *from, uint32_t bytes);
 
