@@ -19,7 +19,7 @@ PORT = 10809
 
 @dataclass
 class NbdServer:
-    """A server of one export on loopback; argv is what starts it, pid_file where one says who it is that goes on by itself."""
+    """A server of one export on loopback; argv starts it, pid_file names one that goes on by itself."""
 
     argv: list[str]
     export: str
