@@ -9,7 +9,7 @@ from csi_vduse.cli.main import main
     ("argv", "said"),
     [
         (("export", "--backend", "file:/nowhere/image", "x"), "/nowhere/image"),
-        (("export", "--backend", "disk:/dev/null", "x"), "file:PATH or null:SIZE"),
+        (("export", "--backend", "disk:/dev/null", "x"), "file:PATH, null:SIZE or an NBD URI"),
         (("export", "--backend", "null:lots", "x"), "lots"),
         (("export", "--backend", "null:16M", "--queue-size", "100", "x"), "100"),
         (("export", "--backend", "null:16M", "--block-size", "300", "x"), "300"),
