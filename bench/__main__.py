@@ -20,7 +20,7 @@ from bench import report, results
 from lab.errors import LabError
 from lab.machine import Machine
 
-VM_PARTS = ("vm", "scale", "pause")
+VM_PARTS = ("vm", "remote", "scale", "pause")
 EVENTS, QUICK_EVENTS = 100, 2
 _PART_S = 2400.0
 
@@ -93,6 +93,10 @@ def _measure(part: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
         return lambda options: vm.measure(
             vm.QUICK if options.quick else vm.Effort(), options.folder or vm.SCRATCH
         )
+    if part == "remote":
+        from bench import remote, vm  # noqa: PLC0415 - see above
+
+        return lambda options: remote.measure(vm.QUICK if options.quick else vm.Effort())
     if part == "native":
         from bench import native  # noqa: PLC0415 - see above
 

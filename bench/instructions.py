@@ -63,7 +63,16 @@ def _build(folder: Path) -> Path:
     program = folder / "ring_cost"
     sources = [*_SOURCE.rglob("*.c"), *_DRIVER.glob("driver*.c"), CHECKOUT / "bench/ring_cost.c"]
     argv = ["gcc", *COMPILE_ARGS, f"-I{_SOURCE}", f"-I{_DRIVER}", *map(str, sorted(sources))]
-    tool(*argv, "-o", str(program), "-Wl,--wrap=io_uring_submit_and_wait", "-luring", "-lpthread")
+    tool(
+        *argv,
+        "-o",
+        str(program),
+        "-Wl,--wrap=io_uring_submit_and_wait",
+        "-luring",
+        "-lssl",
+        "-lcrypto",
+        "-lpthread",
+    )
     return program
 
 

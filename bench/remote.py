@@ -1,20 +1,21 @@
 """In the VM: one NBD server on TCP loopback, and everybody who makes a disk of it, same boot, interleaved.
 
-The server is nbdkit with its memory plugin, one process for all. Its CPU time is what the tables call the server's, so that
-the rest of the machine's is the client side: fio, the client, and all that the kernel does for both.
+The server is nbdkit with its memory plugin, one process for all. Its CPU time is what the tables call the server's,
+so the rest of the machine's is the client side: fio, the client, and all that the kernel does for both.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import fio
+from bench import cpu, fio, syscalls
 from bench.fio import Target
-from bench.results import conditions
+from bench.results import FIO_NBD, KERNEL_NBD, OURS, QSD, Missing, conditions
 from bench.servers import (
     BenchError,
     Server,
@@ -24,6 +25,7 @@ from bench.servers import (
     tool,
     undone_by,
     wait,
+    without_scheduler,
 )
 from bench.vm import Effort, Found, keep
 
@@ -39,7 +41,8 @@ JOBS = (
     *(fio.small(operation, depth) for depth in (1, 8, 32, 128) for operation in ("randread", "randwrite")),
     *fio.LARGE,
 )
-KERNEL, FIO = "kernel nbd", "fio's nbd engine"
+_COUNTED = fio.small("randread", 32)
+_Targets = Mapping[str, tuple[Server, Target]]
 
 
 def servers() -> tuple[Server, ...]:
@@ -50,7 +53,7 @@ def servers() -> tuple[Server, ...]:
         kernel_nbd(0, 1),
         kernel_nbd(1, 4),
         qemu_storage_daemon(KIND, remote),
-        Server(FIO, KIND, _fio_alone),
+        Server(FIO_NBD, KIND, _fio_alone),
     )
 
 
@@ -68,7 +71,7 @@ def kernel_nbd(number: int, connections: int) -> Server:
             wait(lambda: size.read_text().strip() != "0", None, f"the size of {device}")
             yield Target(device, ())
 
-    return Server(f"{KERNEL}, {connections}", KIND, start)
+    return Server(f"{KERNEL_NBD} {connections}", KIND, start)
 
 
 @contextmanager
@@ -81,27 +84,83 @@ def measure(effort: Effort) -> dict[str, Any]:
     """Measure everything; returns the raw figures."""
     tool("modprobe", "-a", "vduse", "virtio-vdpa", "vhost-vdpa")
     found = Found()
-    counts: list[dict[str, object]] = []
-    chosen = os.environ.get("BENCH_REMOTE_SERVERS", "")
-    with running(
-        ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]
-    ) as kit, ExitStack() as up:
-        targets = _start(
-            up, found, [s for s in servers() if not chosen or s.name in chosen.split("|")], kit.pid
-        )
-        _fill(targets)
+    argv = ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]
+    with running(argv) as nbdkit, ExitStack() as up:
+        tool("nbdinfo", "--size", URI)  # it is there
+        targets = _start(up, found, cpu.family(nbdkit.pid))
+        _fill(next(target.device for _, target in targets.values() if not target.options))
         for number in range(max(effort.rounds, effort.wide_rounds)):
             for job in JOBS if number < effort.wide_rounds else TARGET_JOBS:
-                answers = fio.run(
-                    {name: t for name, (_, t) in targets.items()},
-                    job,
-                    runtime_s=effort.runtime_s,
-                    threads=1,
-                    size_bytes=SIZE_BYTES,
-                )
+                answers = _run(targets, job, effort)
                 if fio.HUNG in answers.values():
                     raise BenchError(f"{job.name}: {fio.HUNG}")
                 for name, answer in answers.items():
                     keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
-    about = conditions(runtime_s=effort.runtime_s, rounds=effort.rounds, server="nbdkit memory, TCP loopback")
+        counts = _count_syscalls(found, targets, effort)
+    about = conditions(
+        runtime_s=effort.runtime_s, rounds=effort.rounds, server="nbdkit memory, one process, TCP loopback"
+    )
     return {"conditions": about, "runs": found.runs, "missing": found.missing, "syscalls": counts}
+
+
+def _run(targets: _Targets, job: fio.Job, effort: Effort) -> dict[str, fio.Figures | str]:
+    chosen = {name: target for name, (_, target) in targets.items()}
+    return fio.run(chosen, job, runtime_s=effort.runtime_s, threads=1, size_bytes=SIZE_BYTES)
+
+
+def _start(up: ExitStack, found: Found, nbdkit: tuple[int, ...]) -> dict[str, tuple[Server, Target]]:
+    targets = {}
+    for server in servers():
+        try:
+            target = up.enter_context(server.start(1))
+            if not target.options:
+                without_scheduler(target)
+        except (BenchError, OSError, ValueError) as error:
+            found.missing.append(Missing(server.name, server.kind, "all", str(error)))
+            print(f"bench: {server.name}: {error}", flush=True)
+            continue
+        targets[server.name.replace("'", "")] = (
+            replace(server, name=server.name),
+            replace(target, pids=nbdkit),
+        )
+    return targets
+
+
+def _fill(device: Path) -> None:
+    """Write every block once: the server has no holes from then on."""
+    argv = ["dd", "if=/dev/zero", f"of={device}", "bs=1M", f"count={SIZE_BYTES >> 20}", "oflag=direct"]
+    subprocess.run([*argv, "status=none"], check=True, timeout=300)
+
+
+def _count_syscalls(found: Found, targets: _Targets, effort: Effort) -> list[dict[str, object]]:
+    """How many system calls of the client's own processes a request takes; a client in the kernel has none."""
+    rows: list[dict[str, object]] = []
+    for server in (OURS, QSD):
+        pids = _pids_of(server)
+        if server not in targets or not pids:
+            continue
+        try:
+            with syscalls.counting():
+                before = syscalls.counts(pids)
+                answer = _run({server: targets[server]}, _COUNTED, effort)[server]
+                calls = syscalls.counts(pids) - before
+        except (BenchError, OSError) as error:
+            found.missing.append(Missing(server, KIND, "system calls", str(error)))
+            continue
+        if not isinstance(answer, str):
+            requests = answer.iops * effort.runtime_s
+            rows.append({"server": server, "job": _COUNTED.name, "calls_per_request": calls / requests})
+    return rows
+
+
+def _pids_of(server: str) -> tuple[int, ...]:
+    """The processes of a client, found by their command lines."""
+    word = b"csi-vduse" if server == OURS else b"qemu-storage-daemon"
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word in path.read_bytes() and b"bench" in path.read_bytes() and b"remote" in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it ended
+    return tuple(found)

@@ -18,9 +18,11 @@ from typing import Any
 
 from lab.paths import results_dir
 
-PARTS = ("vm", "native", "instructions", "scale", "pause-native", "pause")
+PARTS = ("vm", "remote", "native", "instructions", "scale", "pause-native", "pause")
 OURS = "csi-vduse"
 QSD = "qemu-storage-daemon"
+KERNEL_NBD = "kernel nbd, connections:"
+FIO_NBD = "fio's nbd engine"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The targets of issue 4, and what was measured of each: one line each, those that are lost among them.
+"""The targets of issues 4 and 6, and what was measured of each: one line each, those that are lost among them.
 
 Ratios are of medians within one part's results; a row that compares several jobs takes the worst. A row whose
 figures are not there says "not measured".
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.results import OURS, QSD, Run, median, runs_of
+from bench.results import FIO_NBD, KERNEL_NBD, OURS, QSD, Run, median, runs_of
 
+_NBD = f"{KERNEL_NBD} 1"
 Figures = dict[str, dict[str, Any] | None]
 Pick = Callable[[Run], float | None]
 
@@ -52,6 +53,11 @@ def _mean(run: Run) -> float:
 
 def _server_cpu(run: Run) -> float | None:
     return run.server_cpu_us
+
+
+def _client_cpu(run: Run) -> float | None:
+    """Of the machine, without the NBD server's processes."""
+    return None if run.server_cpu_us is None else run.cpu_us - run.server_cpu_us
 
 
 def _value(runs: Iterable[Run], server: str, kind: str, job: str, pick: Pick) -> float | None:
@@ -165,6 +171,39 @@ TARGETS = (
             ratio("native", kind, _NATIVE_32, QSD, pick=_server_cpu, more=False),
         )
         for kind in ("null", "file")
+    ),
+    _more(
+        "VM, remote, 4k QD32 randread, IOPS / kernel nbd's",
+        1.6,
+        1.9,
+        ratio("remote", "remote", ["4k randread QD32"], _NBD),
+    ),
+    _more(
+        "VM, remote, 4k QD32 randwrite, IOPS / kernel nbd's",
+        1.3,
+        1.6,
+        ratio("remote", "remote", ["4k randwrite QD32"], _NBD),
+    ),
+    _less(
+        "VM, remote, 4k QD1, mean latency / kernel nbd's",
+        1.2,
+        0.95,
+        ratio("remote", "remote", _QD1, _NBD, pick=_mean, more=False),
+    ),
+    _more(
+        "VM, remote, 128k sequential, IOPS / kernel nbd's", 1, 1.3, ratio("remote", "remote", _LARGE, _NBD)
+    ),
+    _less(
+        "VM, remote, 4k QD32, CPU of the client side per request / kernel nbd's",
+        0.8,
+        0.6,
+        ratio("remote", "remote", _READ_WRITE_32, _NBD, pick=_client_cpu, more=False),
+    ),
+    _more(
+        "VM, remote, 4k QD32, IOPS / fio's own nbd engine's, without a block device",
+        0.8,
+        0.95,
+        ratio("remote", "remote", _READ_WRITE_32, FIO_NBD),
     ),
     _less("idle volume, CPU", 0, 0, _scale("cpu_ms_per_s"), "ms/s"),
     _less("idle volume, private memory beyond the first", 6, 3, _scale("private_mib_beyond_first"), "MiB"),

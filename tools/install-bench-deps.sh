@@ -5,7 +5,7 @@
 set -eu
 
 rublk=0.2.15 # the ublk server; bench/peers.py looks for .cache/bin/rublk-VERSION
-packages="nbdkit nbd-client valgrind fio make gcc"
+packages="nbdkit nbd-client libnbd-bin valgrind fio make gcc"
 build_packages="libclang-dev" # only for building rublk
 cache=${CSI_VDUSE_CACHE:-$(cd "$(dirname "$0")/.." && pwd)/.cache}
 

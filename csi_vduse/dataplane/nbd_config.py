@@ -95,23 +95,26 @@ def probe(backend: NbdBackend, *, timeout_s: float) -> NbdExport:
 
 def text(reason: Any) -> str:  # noqa: ANN401
     """Return what the C side wrote; the server may have had a part in it."""
-    return ffi.string(reason).decode(errors="replace")
+    raw: bytes = ffi.string(reason)
+    return raw.decode(errors="replace")
 
 
 def error(number: int, uri: str, reason: str) -> VduseError:
     """Return the error for a connection that could not be made."""
     message = f"{uri}: {reason or os.strerror(number)}"
-    match number:
-        case errno.ENOENT:
-            return NotFound(message)
-        case errno.EACCES:
-            return PermissionDenied(message)
-        case errno.ENOSPC | errno.EROFS:
-            return FailedPrecondition(message)
-        case errno.EMLINK:
-            return FailedPrecondition(message, hint="serve it with one queue")
-        case errno.EPROTO:
-            return ProtocolError(message)
-        case errno.EINVAL | errno.ENAMETOOLONG:
-            return InvalidArgument(message)
-    return Unavailable(message, hint="is the server running, and its address right?")
+    kind = _ERRORS.get(number)
+    if kind is None:
+        return Unavailable(message, hint="is the server running, and its address right?")
+    return kind(message, hint="serve it with one queue" if number == errno.EMLINK else "")
+
+
+_ERRORS: Final[dict[int, type[VduseError]]] = {
+    errno.ENOENT: NotFound,
+    errno.EACCES: PermissionDenied,
+    errno.ENOSPC: FailedPrecondition,
+    errno.EROFS: FailedPrecondition,
+    errno.EMLINK: FailedPrecondition,
+    errno.EPROTO: ProtocolError,
+    errno.EINVAL: InvalidArgument,
+    errno.ENAMETOOLONG: InvalidArgument,
+}

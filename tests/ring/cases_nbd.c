@@ -240,3 +240,68 @@ CASE(nbd_a_volume_grows_when_the_server_says_so)
     rig_close(&rig);
     fake_nbd_close(&s);
 }
+
+enum { BLOCK = 4096, SECTORS_OF_BLOCK = BLOCK / 512 };
+
+/* Two queues write every other sector of the same blocks, one of them sometimes a whole neighbour: nobody undoes anybody's. */
+BOTH(nbd_parts_of_large_blocks_are_changed_without_undoing_what_others_write)
+{
+    struct rig rig;
+    struct fake_nbd s;
+    static struct blk blks[2][SECTORS_OF_BLOCK * 4];
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.min_block = BLOCK;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 128, .queues = 2 });
+    for (int round = 0; round < 8; round++) {
+        for (uint32_t i = 0; i < SECTORS_OF_BLOCK * 4; i++) {
+            struct blk *b = &blks[i % 2][i / 2];
+
+            if (!round)
+                *b = blk_new(&rig, 512);
+            pattern(b->data, 512, (uint64_t)round * 1000 + i);
+            blk_send(&rig.q[i % 2], b, VIRTIO_BLK_T_OUT, 16 + i, 512);
+        }
+        for (uint32_t i = 0; i < SECTORS_OF_BLOCK * 4; i++)
+            CHECK_EQUAL(blk_finish(&rig.q[i % 2], &blks[i % 2][i / 2]), VIRTIO_BLK_S_OK);
+        fake_nbd_settle(&s);
+        for (uint32_t i = 0; i < SECTORS_OF_BLOCK * 4; i++)
+            CHECK(is_pattern(s.image + (16 + i) * 512, 512, (uint64_t)round * 1000 + i));
+        fake_nbd_settle(&s);
+    }
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_requests_across_large_blocks_are_right_at_both_ends)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.min_block = BLOCK;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 5 * BLOCK);
+
+    memset(s.image, 0x77, 4 * MIB);
+    fake_nbd_settle(&s);
+    for (uint32_t begin = 1; begin < SECTORS_OF_BLOCK; begin += 3)
+        for (uint32_t sectors = 1; sectors < 4 * SECTORS_OF_BLOCK; sectors += 5) {
+            pattern(b.data, sectors * 512, begin * 100 + sectors);
+            CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, begin, sectors * 512), VIRTIO_BLK_S_OK);
+            memset(b.data, 0, sectors * 512);
+            CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, begin, sectors * 512), VIRTIO_BLK_S_OK);
+            CHECK(is_pattern(b.data, sectors * 512, begin * 100 + sectors));
+            CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_WRITE_ZEROES, begin, sectors, true), VIRTIO_BLK_S_OK);
+            CHECK_EQUAL(clear(&rig, VIRTIO_BLK_T_DISCARD, begin, sectors, false), VIRTIO_BLK_S_OK);
+            fake_nbd_settle(&s);
+            CHECK(is_byte(s.image, begin * 512, 0x77) && is_byte(s.image + begin * 512, sectors * 512, 0) &&
+                  is_byte(s.image + (begin + sectors) * 512, BLOCK, 0x77));
+            memset(s.image, 0x77, 8 * BLOCK);
+            fake_nbd_settle(&s);
+        }
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}

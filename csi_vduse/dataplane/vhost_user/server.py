@@ -148,6 +148,11 @@ class Server:
                 self._running = False
 
     def _resize(self) -> None:
+        try:
+            self._engine.set_capacity(self._spec.capacity_bytes)  # a server is asked anew by that
+        except VduseError as error:
+            self._log.error("the capacity stays as it is", error=str(error))
+            return
         there = self._engine.backend_capacity_bytes
         capacity = there - there % self._spec.block_size_bytes
         if capacity <= self._spec.capacity_bytes:

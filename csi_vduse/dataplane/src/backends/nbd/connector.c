@@ -35,8 +35,10 @@ enum {
 
 void nbd_link_close(struct nbd_link *link)
 {
-    if (link->ssl)
+    if (link->ssl) {
+        (void)SSL_shutdown(link->ssl); /* says good-bye if it can; Python has SIGPIPE ignored */
         SSL_free(link->ssl);
+    }
     if (link->fd >= 0)
         close(link->fd);
     link->ssl = NULL;
@@ -142,6 +144,7 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
         error = check_fit(n, &link->export, reason);
     link->fd = s.fd;
     link->ssl = s.ssl;
+    link->tls = s.ssl;
     if (error) {
         nbd_link_close(link);
         return error;

@@ -39,7 +39,9 @@ int nbd_queue_open(struct vd_queue *q)
     nq->receive_iov = calloc(NBD_IOV_MAX, sizeof(*nq->receive_iov));
     nq->spill = malloc(NBD_SPILL_BYTES + NBD_HEADER_MAX);
     nq->tls_buffer = malloc(NBD_TLS_BYTES);
-    if (nq->slots && nq->send_iov && nq->receive_iov && nq->spill && nq->tls_buffer) {
+    nq->block = malloc(NBD_BLOCK_MAX);
+    nbd_register(nq);
+    if (nq->block && nq->slots && nq->send_iov && nq->receive_iov && nq->spill && nq->tls_buffer) {
         nbd_want(nq);
         return 0;
     }
@@ -57,6 +59,7 @@ void nbd_queue_close(struct vd_queue *q)
     struct nbd_queue *nq = q->backend;
 
     nbd_want_no_more(nq);
+    nbd_unregister(nq);
     if (nq->link.fd >= 0)
         shutdown(nq->link.fd, SHUT_RDWR);
     while (is_busy(nq)) {
@@ -78,6 +81,7 @@ void nbd_queue_close(struct vd_queue *q)
     free(nq->receive_iov);
     free(nq->spill);
     free(nq->tls_buffer);
+    free(nq->block);
     free(nq);
     q->backend = NULL;
 }
@@ -134,7 +138,7 @@ static void give_up(struct nbd_queue *nq)
         close_lost(nq);
     while (nq->state == NBD_DOWN && (slot = nq->waiting.first)) {
         nbd_remove(&nq->waiting, slot);
-        vd_request_finish(nq->queue, slot->request, ECANCELED);
+        nbd_finish(nq, slot, ECANCELED);
     }
 }
 

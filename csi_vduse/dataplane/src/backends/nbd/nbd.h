@@ -10,6 +10,7 @@
  *   receive.c     replies out of the socket, straight into the driver's buffers
  *   reply.c       one reply's header: read and checked
  *   steps.c       a virtio-blk request as one or several NBD commands
+ *   partial.c     parts of blocks that are smaller than the server takes: read, changed, written, and nothing else meanwhile
  *   secure.c      send and receive through TLS that the kernel does not do
  *
  * Queue threads own their link; the connector owns what it has not handed over yet. What both touch is behind
@@ -30,6 +31,7 @@ enum {
     NBD_PREDICTED_MAX = 32,       /* replies whose place is prepared before they are here */
     NBD_SPILL_BYTES = 256 * 1024, /* what may have to be put elsewhere because it was not what was predicted */
     NBD_TLS_BYTES = 64 * 1024,
+    NBD_BLOCK_MAX = 64 * 1024,    /* smallest unit of a server, the largest that we take */
 };
 
 /* A socket with a deadline; ssl is NULL when the bytes in it are plain, or the kernel's TLS makes them so. */
@@ -53,6 +55,7 @@ struct nbd_export {
 struct nbd_link {
     int fd;
     SSL *ssl;
+    bool tls;            /* by us or by the kernel */
     struct nbd_export export;
 };
 
@@ -73,6 +76,10 @@ struct nbd {
     pthread_mutex_t lock;        /* all below */
     pthread_cond_t changed;
     bool closing, finished;
+    struct nbd_queue *queues;    /* all that run */
+    uint32_t writers;            /* commands under way that change whole blocks; counted only where blocks are large */
+    uint32_t changers;           /* slots that wait to change a part of a block */
+    bool changing;               /* one does */
     struct nbd_queue *wanting;   /* queues that wait for a connection */
     struct nbd_link spare;       /* the one that open made, until a queue takes it; fd -1: none */
     struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
@@ -80,6 +87,12 @@ struct nbd {
     uint64_t needed_bytes;       /* an export that is smaller is refused */
     struct vd_backend_status status;
 };
+
+/* What a slot has of the right to change blocks; partial.c. */
+enum nbd_hold { NBD_NO_HOLD, NBD_WAITS, NBD_SHARED, NBD_ALONE };
+
+/* What a request needs next. */
+enum nbd_next { NBD_ENDED, NBD_COMMAND, NBD_BLOCKED };
 
 /* A command of a request, under way or waiting; one for each request of the queue. */
 struct nbd_slot {
@@ -91,7 +104,11 @@ struct nbd_slot {
     bool sent;
     bool unstable;                /* something was written that the request must make stable before it ends */
     bool flushed;
+    bool in_block;                /* the command moves the queue's block, of which the request needs a part */
+    bool block_read;              /* it was read, and is to be written */
+    enum nbd_hold hold;
     struct iovec *iov;            /* payload */
+    struct iovec block_iov;
     uint32_t iov_count;
     uint32_t received;            /* of a read's payload */
     int error;                    /* positive errno, of a chunk */
@@ -121,7 +138,10 @@ enum nbd_link_state { NBD_DOWN, NBD_UP, NBD_CLOSING };
 struct nbd_queue {
     struct nbd *nbd;
     struct vd_queue *queue;
-    struct nbd_queue *next_wanting;
+    struct nbd_queue *next_wanting, *next_queue;
+    bool blocked;                 /* behind nbd.lock: wake it when a hold is given back */
+    uint8_t *block;               /* one that is changed in part */
+    struct nbd_slot *block_owner;
     struct nbd_link fresh;        /* behind nbd.lock until ready */
     bool ready;                   /* the connector has filled fresh */
     bool asked;
@@ -217,6 +237,8 @@ void nbd_send_done(struct nbd_queue *nq, int result);
 void nbd_receive(struct nbd_queue *nq);
 void nbd_receive_done(struct nbd_queue *nq, int result);
 void nbd_receive_reset(struct nbd_queue *nq);
+/* After a receive: have the server go on. */
+void nbd_acknowledge(struct nbd_queue *nq);
 /* Bytes as they come. */
 int nbd_feed(struct nbd_queue *nq, const uint8_t *from, uint32_t bytes);
 
@@ -225,10 +247,24 @@ int nbd_reply_parse(struct nbd_queue *nq, const uint8_t *header, uint32_t have, 
 
 /* steps.c */
 void nbd_submit(struct vd_queue *q, struct vd_request *r);
-/* What the request needs next, as a command; false if it is done. */
-bool nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot);
+/* What the request needs next, as a command of the slot if it needs one. */
+enum nbd_next nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot);
+/* The request's end: error is 0 or a positive errno. */
+void nbd_finish(struct nbd_queue *nq, struct nbd_slot *slot, int error);
 /* A command has been answered: the next one of its request, or the request's end. */
 void nbd_command_done(struct nbd_queue *nq, struct nbd_slot *slot);
+
+/* partial.c */
+void nbd_register(struct nbd_queue *nq);
+void nbd_unregister(struct nbd_queue *nq);
+/* The right to change whole blocks, or a part of one; false: not now, and the queue is woken when it may be. */
+bool nbd_hold(struct nbd_queue *nq, struct nbd_slot *slot, enum nbd_hold hold);
+/* Give back whatever the slot has. */
+void nbd_release(struct nbd_queue *nq, struct nbd_slot *slot);
+/* The request's next bytes, at offset, are a part of a block only: a command for that block. */
+enum nbd_next nbd_part(struct nbd_queue *nq, struct nbd_slot *slot, uint64_t offset);
+/* The command for the block has been answered: how much of the request is done by it. */
+uint64_t nbd_part_done(struct nbd_queue *nq, struct nbd_slot *slot);
 
 static inline void nbd_append(struct nbd_list *list, struct nbd_slot *slot)
 {

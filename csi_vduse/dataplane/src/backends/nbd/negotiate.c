@@ -10,7 +10,7 @@
 
 #include "nbd.h"
 
-enum { REPLY_MAX = 64 * 1024, REPLIES_MAX = 256, DEFAULT_MAX_PAYLOAD = 32 << 20, MIN_BLOCK_MAX = 64 * 1024 };
+enum { REPLY_MAX = 64 * 1024, REPLIES_MAX = 256, DEFAULT_MAX_PAYLOAD = 32 << 20 };
 
 struct option_reply {
     uint32_t type, length;
@@ -104,7 +104,7 @@ static int check_export(const struct nbd_export *e, char *reason)
         return broken(reason, "the server says that the export has no or an absurd size");
     if (!(e->flags & NBD_FLAG_HAS_FLAGS))
         return broken(reason, "the server says nothing of what the export can do");
-    if (!e->min_block || e->min_block & (e->min_block - 1) || e->min_block > MIN_BLOCK_MAX)
+    if (!e->min_block || e->min_block & (e->min_block - 1) || e->min_block > NBD_BLOCK_MAX)
         return broken(reason, "the server's minimum block size is not a power of two up to 64 KiB");
     if (e->max_payload < 4096 || e->max_payload < e->min_block)
         return broken(reason, "the server's maximum payload is smaller than a block");

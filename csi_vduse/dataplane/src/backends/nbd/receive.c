@@ -12,6 +12,8 @@
  * may not look at it before, and could read that block anyway.
  */
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include "nbd.h"
 #include "secure.h"
@@ -329,6 +331,18 @@ static int compare(struct nbd_queue *nq, uint32_t bytes)
     return 0;
 }
 
+/*
+ * Some servers send a TLS record each for a reply's header and its data, and their TCP (Nagle) keeps the second back until we
+ * acknowledge the first, which ours puts off by 40 ms.
+ */
+void nbd_acknowledge(struct nbd_queue *nq)
+{
+    const int on = 1;
+
+    if (nq->link.tls && nq->sent.first)
+        (void)setsockopt(nq->link.fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof(on));
+}
+
 void nbd_receive_done(struct nbd_queue *nq, int result)
 {
     uint32_t bytes = (uint32_t)result, certain;
@@ -350,4 +364,5 @@ void nbd_receive_done(struct nbd_queue *nq, int result)
         error = nq->predicted ? compare(nq, bytes) : nbd_feed(nq, nq->spill, bytes);
     if (error)
         nbd_lost(nq, nbd_why(error));
+    nbd_acknowledge(nq);
 }

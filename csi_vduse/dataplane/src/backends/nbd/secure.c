@@ -104,4 +104,5 @@ void nbd_secure_receive_done(struct nbd_queue *nq, int result)
     error = SSL_get_error(nq->link.ssl, 0);
     if (error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE)
         nbd_lost(nq, "the server closed the connection");
+    nbd_acknowledge(nq);
 }

@@ -45,33 +45,43 @@ static uint32_t add_payload(struct iovec *to, const struct nbd_slot *slot)
     return n;
 }
 
-/* Take what waits into send_iov, as far as it fits. */
-static void gather(struct nbd_queue *nq)
+/* The slot's command into send_iov; false if it does not fit any more. */
+static bool add(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     uint32_t header_bytes = nq->link.export.extended ? NBD_EXTENDED_REQUEST_BYTES : NBD_REQUEST_BYTES;
-    struct nbd_slot *slot;
+    bool payload = slot->type == NBD_WRITE;
+
+    if (nq->send_count + 1 + (payload ? slot->iov_count : 0) > NBD_IOV_MAX)
+        return false;
+    encode(nq, slot);
+    nq->send_iov[nq->send_count++] = (struct iovec){ slot->header, header_bytes };
+    if (payload)
+        nq->send_count += add_payload(nq->send_iov + nq->send_count, slot);
+    nbd_remove(&nq->waiting, slot);
+    nbd_append(&nq->sent, slot);
+    slot->sent = true;
+    slot->received = 0;
+    slot->error = 0;
+    slot->sent_ns = nq->queue->now_ns;
+    return true;
+}
+
+/* Take what waits and may go, as far as it fits. */
+static void gather(struct nbd_queue *nq)
+{
+    struct nbd_slot *next;
 
     nq->send_first = nq->send_count = 0;
-    while ((slot = nq->waiting.first)) {
-        if (!nbd_next_command(nq, slot)) {
-            nbd_remove(&nq->waiting, slot);
-            vd_request_finish(nq->queue, slot->request, 0);
-            continue;
-        }
-        bool payload = slot->type == NBD_WRITE;
+    for (struct nbd_slot *slot = nq->waiting.first; slot; slot = next) {
+        enum nbd_next need = nbd_next_command(nq, slot);
 
-        if (nq->send_count + 1 + (payload ? slot->iov_count : 0) > NBD_IOV_MAX)
-            break;
-        encode(nq, slot);
-        nq->send_iov[nq->send_count++] = (struct iovec){ slot->header, header_bytes };
-        if (payload)
-            nq->send_count += add_payload(nq->send_iov + nq->send_count, slot);
-        nbd_remove(&nq->waiting, slot);
-        nbd_append(&nq->sent, slot);
-        slot->sent = true;
-        slot->received = 0;
-        slot->error = 0;
-        slot->sent_ns = nq->queue->now_ns;
+        next = slot->next;
+        if (need == NBD_ENDED) {
+            nbd_remove(&nq->waiting, slot);
+            nbd_finish(nq, slot, 0);
+        } else if (need == NBD_COMMAND && !add(nq, slot)) {
+            return;
+        }
     }
 }
 

@@ -33,79 +33,123 @@ static uint64_t at_most(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-static bool command(struct nbd_slot *slot, uint16_t type, uint64_t offset, uint64_t length)
+static enum nbd_next command(struct nbd_slot *slot, uint16_t type, uint64_t offset, uint64_t length)
 {
     slot->type = type;
     slot->flags = 0;
     slot->offset = offset;
     slot->length = length;
-    return true;
+    return NBD_COMMAND;
 }
 
-static bool move(struct nbd_queue *nq, struct nbd_slot *slot)
+/* Whether a range does not begin with a whole block of the server's. */
+static bool is_part(const struct nbd_queue *nq, uint64_t offset, uint64_t left)
+{
+    uint32_t block = nq->link.export.min_block;
+
+    return block > VD_SECTOR_BYTES && (offset % block || left < block);
+}
+
+/* Of a range that begins with a whole block: how much fits, in whole blocks, into a command of at most so many bytes. */
+static uint64_t whole(const struct nbd_queue *nq, uint64_t left, uint64_t most)
+{
+    uint64_t bytes = at_most(left, most);
+
+    return bytes - bytes % nq->link.export.min_block;
+}
+
+/* What changes whole blocks, before its command is made. */
+static bool may_change(struct nbd_queue *nq, struct nbd_slot *slot)
+{
+    return nq->link.export.min_block <= VD_SECTOR_BYTES || nbd_hold(nq, slot, NBD_SHARED);
+}
+
+static enum nbd_next move(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
-    uint64_t left = r->length - r->done;
+    uint64_t offset = r->offset + r->done, left = r->length - r->done;
 
     if (!left)
-        return false;
+        return NBD_ENDED;
+    if (is_part(nq, offset, left))
+        return nbd_part(nq, slot, offset);
+    if (r->operation == VD_WRITE && !may_change(nq, slot))
+        return NBD_BLOCKED;
     slot->iov = r->data;
     slot->iov_count = r->data_count;
-    return command(slot, r->operation == VD_READ ? NBD_READ : NBD_WRITE, r->offset + r->done,
-                   at_most(left, nq->link.export.max_payload));
+    return command(slot, r->operation == VD_READ ? NBD_READ : NBD_WRITE, offset,
+                   whole(nq, left, nq->link.export.max_payload));
 }
 
-static bool discard(struct nbd_queue *nq, struct nbd_slot *slot, const struct vd_extent *e)
+/* The whole blocks in the extent; the rest is left as it is. */
+static enum nbd_next discard(struct nbd_queue *nq, struct nbd_slot *slot, const struct vd_extent *e)
 {
-    uint64_t done = slot->request->done;
+    uint64_t block = nq->link.export.min_block, offset = e->offset + slot->request->done;
+    uint64_t skip = (block - offset % block) % block, left = e->length - slot->request->done;
 
-    return offers(nq, NBD_FLAG_TRIM) && done < e->length &&
-           command(slot, NBD_TRIM, e->offset + done, at_most(e->length - done, EXTENT_MAX));
+    if (!offers(nq, NBD_FLAG_TRIM) || left < skip || left - skip < block)
+        return NBD_ENDED;
+    if (!may_change(nq, slot))
+        return NBD_BLOCKED;
+    slot->request->done += skip;
+    return command(slot, NBD_TRIM, offset + skip, whole(nq, left - skip, EXTENT_MAX));
 }
 
-static bool zero(struct nbd_queue *nq, struct nbd_slot *slot, const struct vd_extent *e)
+static enum nbd_next zero(struct nbd_queue *nq, struct nbd_slot *slot, const struct vd_extent *e)
 {
     uint64_t offset = e->offset + slot->request->done, left = e->length - slot->request->done;
 
     if (!left)
-        return false;
+        return NBD_ENDED;
+    if (is_part(nq, offset, left))
+        return nbd_part(nq, slot, offset);
+    if (!may_change(nq, slot))
+        return NBD_BLOCKED;
     if (offers(nq, NBD_FLAG_WRITE_ZEROES)) {
-        command(slot, NBD_WRITE_ZEROES, offset, at_most(left, EXTENT_MAX));
+        command(slot, NBD_WRITE_ZEROES, offset, whole(nq, left, EXTENT_MAX));
         slot->flags = e->unmap ? 0 : NBD_CMD_NO_HOLE;
-        return true;
+        return NBD_COMMAND;
     }
     slot->iov = &zeroes_iov;
     slot->iov_count = 1;
-    return command(slot, NBD_WRITE, offset, at_most(left, at_most(nq->link.export.max_payload, ZEROES_BYTES)));
+    return command(slot, NBD_WRITE, offset, whole(nq, left, at_most(nq->link.export.max_payload, ZEROES_BYTES)));
 }
 
-/* The next command that moves or clears something; false if there is none left. */
-static bool next_data(struct nbd_queue *nq, struct nbd_slot *slot)
+/* The next command that moves or clears something. */
+static enum nbd_next next_data(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
 
     if (r->operation == VD_READ || r->operation == VD_WRITE)
         return move(nq, slot);
-    for (; r->step < r->extent_count; r->step++, r->done = 0)
-        if (r->operation == VD_DISCARD ? discard(nq, slot, &r->extents[r->step]) : zero(nq, slot, &r->extents[r->step]))
-            return true;
-    return false;
+    for (; r->step < r->extent_count; r->step++, r->done = 0) {
+        const struct vd_extent *e = &r->extents[r->step];
+        enum nbd_next next = r->operation == VD_DISCARD ? discard(nq, slot, e) : zero(nq, slot, e);
+
+        if (next != NBD_ENDED)
+            return next;
+    }
+    return NBD_ENDED;
 }
 
-bool nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot)
+enum nbd_next nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
     bool sync = r->operation == VD_FLUSH || (r->operation != VD_READ && must_sync(nq));
+    enum nbd_next next = next_data(nq, slot);
 
-    if (next_data(nq, slot)) {
-        if (sync && offers(nq, NBD_FLAG_FUA))
+    if (next == NBD_BLOCKED)
+        return next;
+    if (next == NBD_COMMAND) {
+        if (sync && slot->type != NBD_READ && offers(nq, NBD_FLAG_FUA))
             slot->flags |= NBD_CMD_FUA;
         else
-            slot->unstable |= sync;
-        return true;
+            slot->unstable |= sync && slot->type != NBD_READ;
+        return next;
     }
-    return (r->operation == VD_FLUSH || slot->unstable) && !slot->flushed && offers(nq, NBD_FLAG_FLUSH) &&
-           command(slot, NBD_FLUSH, 0, 0);
+    if ((r->operation != VD_FLUSH && !slot->unstable) || slot->flushed || !offers(nq, NBD_FLAG_FLUSH))
+        return NBD_ENDED;
+    return command(slot, NBD_FLUSH, 0, 0);
 }
 
 void nbd_submit(struct vd_queue *q, struct vd_request *r)
@@ -118,6 +162,12 @@ void nbd_submit(struct vd_queue *q, struct vd_request *r)
     slot->iov_count = 0;
     slot->unstable = slot->flushed = false;
     nbd_append(&nq->waiting, slot);
+}
+
+void nbd_finish(struct nbd_queue *nq, struct nbd_slot *slot, int error)
+{
+    nbd_release(nq, slot);
+    vd_request_finish(nq->queue, slot->request, error);
 }
 
 /* Take what has been moved off the front of the request's pieces. */
@@ -137,18 +187,22 @@ static void drop_front(struct vd_request *r, uint64_t bytes)
 void nbd_command_done(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
+    uint64_t bytes;
 
     vd_count_remote(nq->queue, slot->sent_ns);
     if (slot->error) {
-        vd_request_finish(nq->queue, r, slot->error == EOPNOTSUPP ? EIO : slot->error);
+        nbd_finish(nq, slot, slot->error == EOPNOTSUPP ? EIO : slot->error);
         return;
     }
     slot->flushed = slot->type == NBD_FLUSH;
-    r->done += slot->length;
+    bytes = slot->in_block ? nbd_part_done(nq, slot) : slot->length;
+    r->done += bytes;
     if ((r->operation == VD_READ || r->operation == VD_WRITE) && r->done < r->length)
-        drop_front(r, slot->length);
-    if (nbd_next_command(nq, slot))
-        nbd_append(&nq->waiting, slot);
+        drop_front(r, bytes);
+    if (!slot->block_read)
+        nbd_release(nq, slot);
+    if (nbd_next_command(nq, slot) == NBD_ENDED)
+        nbd_finish(nq, slot, 0);
     else
-        vd_request_finish(nq->queue, r, 0);
+        nbd_append(&nq->waiting, slot);
 }

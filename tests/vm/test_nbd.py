@@ -1,0 +1,118 @@
+"""Volumes on real NBD servers: data right while servers and workers are killed, with TLS and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from csi_vduse.proto import agent_pb2
+from tests.vm import nbd_servers
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing, wait_until
+from tests.vm.exports import exported, fio
+from tests.vm.nbd_servers import NbdServer, make_keys, nbdkit, serving
+from tests.vm.test_agent import detach, inspect
+from tests.vm.test_recovery import kill_worker_when_it_writes, verified_writing, writes
+
+KILLS = 3
+VOLUME = "vol-0123456789abcdef"
+JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
+WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
+
+
+def attach(agent: RunningAgent, backend: agent_pb2.NbdBackend, *, queues: int = 1) -> str:
+    request = agent_pb2.AttachRequest(
+        volume_id=VOLUME,
+        backend=agent_pb2.Backend(nbd=backend),
+        capacity_bytes=16 * MIB,
+        queues=queues,
+    )
+    path: str = agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path
+    return path
+
+
+def wait_for_writes(agent: RunningAgent) -> None:
+    """The application goes on."""
+    before = writes(agent)
+    wait_until(lambda: writes(agent) > before + 50, "writing")
+
+
+def remote(agent: RunningAgent) -> agent_pb2.RemoteStats:
+    return inspect(agent).stats.remote
+
+
+@pytest.mark.parametrize(
+    ("make", "queues"),
+    [(nbdkit, 2), (nbd_servers.qemu, 2), (nbd_servers.nbd_server, 1)],
+    ids=["nbdkit", "qemu", "nbd-server"],
+)
+def test_no_write_is_lost_when_the_server_is_killed(
+    shared: RunningAgent, image: Path, make: Callable[[Path], NbdServer], queues: int
+):
+    with leaves_nothing(shared), serving(make(image)) as server:
+        path = attach(shared, agent_pb2.NbdBackend(uri=server.uri), queues=queues)
+        with verified_writing(path, *WRITER) as writer:
+            for number in range(KILLS):
+                wait_for_writes(shared)
+                server.kill()
+                wait_until(lambda n=number: remote(shared).losses > n, "the loss being seen")
+                server.start()
+                assert writer.poll() is None
+        fio(Path(path), "libaio", *JOB)
+        assert remote(shared).resent > 0
+        assert sum(each.errors for each in inspect(shared).stats.operations) == 0
+        detach(shared)
+
+
+def test_no_write_is_lost_when_workers_are_killed(shared: RunningAgent, image: Path):
+    with leaves_nothing(shared), serving(nbdkit(image)) as server:
+        path = attach(shared, agent_pb2.NbdBackend(uri=server.uri), queues=2)
+        with verified_writing(path, *WRITER) as writer:
+            for _ in range(KILLS):
+                kill_worker_when_it_writes(shared)
+                assert writer.poll() is None
+        detach(shared)
+
+
+def test_a_worker_that_dies_while_its_server_is_away_is_replaced(shared: RunningAgent, image: Path):
+    with leaves_nothing(shared), serving(nbdkit(image)) as server:
+        path = attach(shared, agent_pb2.NbdBackend(uri=server.uri))
+        with verified_writing(path, *WRITER) as writer:
+            wait_until(lambda: writes(shared) > 50, "writing")
+            server.kill()
+            kill_worker_when_it_writes(shared)
+            assert remote(shared).state == "connecting"
+            server.start()
+            wait_for_writes(shared)
+            assert writer.poll() is None
+        detach(shared)
+
+
+@pytest.mark.parametrize("keys", ["certificates", "psk"])
+def test_data_is_right_through_tls(shared: RunningAgent, image: Path, tmp_path: Path, keys: str):
+    make_keys(tmp_path)
+    if keys == "psk":
+        server = nbdkit(image, "--tls=require", f"--tls-psk={tmp_path / 'keys.psk'}")
+        tls, user = agent_pb2.NbdTls(psk_file=str(tmp_path / "keys.psk")), "alice@"
+    else:
+        server = nbdkit(image, "--tls=require", f"--tls-certificates={tmp_path}", "--tls-verify-peer")
+        tls, user = agent_pb2.NbdTls(certificates=str(tmp_path)), ""
+    with leaves_nothing(shared), serving(server):
+        uri = f"nbds://{user}127.0.0.1:{nbd_servers.PORT}/"
+        path = attach(shared, agent_pb2.NbdBackend(uri=uri, tls=tls))
+        with verified_writing(path, *WRITER):
+            wait_until(lambda: writes(shared) > 50, "writing")
+            server.kill()
+            wait_until(lambda: remote(shared).losses, "the loss being seen")
+            server.start()
+            wait_for_writes(shared)
+        fio(Path(path), "libaio", *JOB)
+        detach(shared)
+
+
+def test_an_export_of_a_server_is_served_by_hand(image: Path):
+    with serving(nbdkit(image)) as server, exported("--backend", server.uri, "by-hand") as (device, process):
+        fio(device, "libaio", *JOB)
+        process.terminate()
+        assert process.wait(120) == 0
