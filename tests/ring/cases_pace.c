@@ -4,54 +4,82 @@
 
 enum { US = 1000, MS = 1000 * US };
 
+/* Have it learn that waiting pays: completions come one after the other, gap_ns apart, as long as it waits. */
+static uint64_t learn(struct vd_pace *pace, uint64_t gap_ns)
+{
+    uint64_t now = MS;
+
+    for (int i = 0; i < 2000 || pace->owed; i++) {
+        vd_pace_shown(pace, 1, true, now += gap_ns);
+        if (vd_pace_interrupt_due(pace, now))
+            vd_pace_interrupted(pace);
+    }
+    return now;
+}
+
 CASE(a_driver_with_one_request_is_interrupted_at_once)
 {
     struct vd_pace pace = { 0 };
 
     for (uint64_t now = MS; now < 2 * MS; now += 10 * US) {
-        vd_pace_shown(&pace, 1, 1, now);
+        vd_pace_shown(&pace, 1, false, now);
         CHECK(vd_pace_interrupt_due(&pace, now));
-        pace.owed = 0;
+        vd_pace_interrupted(&pace);
     }
 }
 
 CASE(a_driver_with_many_requests_gets_them_back_several_at_a_time)
 {
     struct vd_pace pace = { 0 };
+    uint64_t now = learn(&pace, 5 * US);
     uint32_t shown = 0;
 
     do {
-        vd_pace_shown(&pace, 1, 32, MS);
+        vd_pace_shown(&pace, 1, true, now += 5 * US);
         shown++;
-    } while (!vd_pace_interrupt_due(&pace, MS));
+    } while (!vd_pace_interrupt_due(&pace, now));
     CHECK_EQUAL(shown, 16);
+}
+
+CASE(an_interrupt_waits_a_few_gaps_for_company_that_does_not_come)
+{
+    for (uint64_t gap = 10 * US; gap <= 60 * US; gap += 10 * US) {
+        struct vd_pace pace = { 0 };
+        uint64_t now = learn(&pace, gap) + gap;
+
+        vd_pace_shown(&pace, 1, true, now);
+        CHECK(!vd_pace_interrupt_due(&pace, now + 2 * gap));
+        CHECK(vd_pace_interrupt_due(&pace, now + 5 * gap));
+        CHECK(vd_pace_poll_until(&pace, now) <= now + 5 * gap); /* and until then the queue does not sleep */
+    }
 }
 
 CASE(an_interrupt_is_held_for_a_bounded_time)
 {
     struct vd_pace pace = { 0 };
+    uint64_t now = learn(&pace, 100 * US), first = now + 100 * US;
 
-    vd_pace_shown(&pace, 1, 32, MS);
-    CHECK(!vd_pace_interrupt_due(&pace, MS));
-    CHECK(vd_pace_poll_until(&pace, MS) <= MS + 100 * US); /* and until then the queue does not sleep */
-    CHECK(vd_pace_interrupt_due(&pace, MS + 100 * US));
+    pace.company = 1000000;
+    do {
+        vd_pace_shown(&pace, 1, true, now += 100 * US);
+    } while (!vd_pace_interrupt_due(&pace, now));
+    CHECK(now - first <= 500 * US);
 }
 
 CASE(a_driver_that_calms_down_is_soon_interrupted_at_once_again)
 {
     struct vd_pace pace = { 0 };
+    uint64_t now = learn(&pace, 5 * US);
     uint32_t held = 0;
 
-    vd_pace_shown(&pace, 1, 128, MS);
-    pace.owed = 0;
     for (int i = 0; i < 100; i++) {
-        vd_pace_shown(&pace, 1, 1, MS);
-        held += !vd_pace_interrupt_due(&pace, MS);
-        pace.owed = 0;
+        vd_pace_shown(&pace, 1, false, now += 500 * US);
+        held += !vd_pace_interrupt_due(&pace, now);
+        vd_pace_interrupted(&pace);
     }
-    CHECK(held < 90);
-    vd_pace_shown(&pace, 1, 1, MS);
-    CHECK(vd_pace_interrupt_due(&pace, MS));
+    CHECK(held <= 16);
+    vd_pace_shown(&pace, 1, false, now += 500 * US);
+    CHECK(vd_pace_interrupt_due(&pace, now));
 }
 
 CASE(polling_grows_with_short_sleeps_and_an_idle_queue_does_not_poll)

@@ -4,37 +4,63 @@
 enum {
     POLL_MIN_NS = 10000,
     POLL_MAX_NS = 200000,
-    HOLD_NS = 40000,
-    HOLD_MAX = 16,   /* completions */
-    DEPTH_ONE = 16,  /* fixed point: a request */
+    GAP_MIN_NS = 20000,
+    GAP_MAX_NS = 200000,
+    GAPS = 3,         /* this many times the usual gap without a completion: no more will come */
+    HOLD_MAX_NS = 500000,
+    COMPANY_MAX = 15, /* completions beyond the first */
+    ONE = 8,          /* fixed point: a completion */
+    GROWTH = 2,
 };
 
-void vd_pace_shown(struct vd_pace *p, uint32_t count, uint32_t outstanding, uint64_t now_ns)
+void vd_pace_shown(struct vd_pace *p, uint32_t count, bool more, uint64_t now_ns)
 {
-    uint32_t depth = outstanding * DEPTH_ONE;
+    uint64_t gap_ns = now_ns - p->shown_ns;
 
-    p->depth = depth > p->depth ? depth : p->depth - (p->depth - depth) / 16;
-    if (!p->owed)
+    if (gap_ns < GAP_MAX_NS)
+        p->gap_ns = (15 * p->gap_ns + gap_ns / count) / 16;
+    if (!p->owed) {
         p->owed_since_ns = now_ns;
+        p->more = false;
+    }
+    p->more |= more || p->owed || count > 1;
     p->owed += count;
+    p->shown_ns = now_ns;
+}
+
+/* When the interrupt is due, whatever has come by then. */
+static uint64_t due_ns(const struct vd_pace *p)
+{
+    uint64_t gap_ns = GAPS * p->gap_ns, longest = p->owed_since_ns + HOLD_MAX_NS;
+
+    gap_ns = gap_ns < GAP_MIN_NS ? GAP_MIN_NS : gap_ns > GAP_MAX_NS ? GAP_MAX_NS : gap_ns;
+    return p->shown_ns + gap_ns < longest ? p->shown_ns + gap_ns : longest;
+}
+
+static bool has_company(const struct vd_pace *p)
+{
+    return p->owed > p->company / ONE;
 }
 
 bool vd_pace_interrupt_due(const struct vd_pace *p, uint64_t now_ns)
 {
-    uint32_t goal = p->depth / 2 / DEPTH_ONE;
+    return p->owed && (has_company(p) || now_ns >= due_ns(p));
+}
 
-    if (!p->owed)
-        return false;
-    return p->owed >= (goal < HOLD_MAX ? goal : HOLD_MAX) || now_ns - p->owed_since_ns >= HOLD_NS;
+void vd_pace_interrupted(struct vd_pace *p)
+{
+    if (!has_company(p))
+        p->company -= (p->company - p->owed / 2 * ONE + 3) / 4;
+    else if (p->more && p->company < COMPANY_MAX * ONE)
+        p->company += GROWTH;
+    p->owed = 0;
 }
 
 uint64_t vd_pace_poll_until(struct vd_pace *p, uint64_t now_ns)
 {
     if (!p->idle_since_ns)
         p->idle_since_ns = now_ns;
-    if (p->owed)
-        return p->owed_since_ns + HOLD_NS;
-    return p->idle_since_ns + p->poll_ns;
+    return p->owed ? due_ns(p) : p->idle_since_ns + p->poll_ns;
 }
 
 void vd_pace_woke(struct vd_pace *p, bool slept, uint64_t now_ns)

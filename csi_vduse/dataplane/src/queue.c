@@ -29,7 +29,10 @@
 #include "queue.h"
 #include "stats.h"
 
-enum { POLLS_PER_CLOCK = 16 };
+enum {
+    POLLS_PER_CLOCK = 16,
+    SHOW_NS = 50000, /* completions are shown at the end of a batch, or after this */
+};
 
 /* User data of the polls and of a cancellation; requests are pointers, so larger. */
 static void *const KICK = (void *)1;
@@ -96,11 +99,45 @@ static void break_down(struct vd_queue *q, enum vd_queue_fault fault)
     vd_queue_fault(q, fault);
 }
 
+static void interrupt(struct vd_queue *q)
+{
+    vd_pace_interrupted(&q->pace);
+    if (!vd_vring_wants_interrupt(&q->ring))
+        return;
+    count_up(&q->stats->interrupts, 1);
+    if (q->config.notify_ioctl) {
+        uint32_t index = (uint32_t)(q->stats - q->engine->stats);
+
+        (void)!ioctl(q->config.notify_fd, q->config.notify_ioctl, &index);
+    } else {
+        uint64_t one = 1;
+
+        (void)!write(q->config.notify_fd, &one, sizeof(one));
+    }
+}
+
+/* Show the driver what has ended since the last turn, and interrupt it, now or a little later. */
+static void publish(struct vd_queue *q, enum command command)
+{
+    if (memory_lost(q))
+        vd_queue_fault(q, VD_FAULT_MEMORY);
+    if (q->stats->fault)
+        return;
+    if (q->ended) {
+        vd_vring_publish(&q->ring);
+        vd_pace_shown(&q->pace, q->ended, q->in_flight || vd_vring_available(&q->ring), q->now_ns);
+        q->ended = 0;
+    }
+    if (q->pace.owed && (command != RUN || vd_pace_interrupt_due(&q->pace, q->now_ns)))
+        interrupt(q);
+}
+
 /* Fetch what is available, and start it as far as the throttle lets it; returns how much there was. */
 static int fetch(struct vd_queue *q)
 {
     int available = vd_vring_available(&q->ring);
     uint32_t before = q->in_flight, taken = 0;
+    uint64_t shown_ns = q->now_ns;
 
     if (available < 0) {
         break_down(q, VD_FAULT_AVAIL_INDEX);
@@ -136,6 +173,10 @@ static int fetch(struct vd_queue *q)
         if (load_relaxed(&q->engine->throttle.enabled) && !vd_throttle_admit(q, r))
             break;
         q->engine->ops->submit(q, r);
+        if (q->now_ns - shown_ns > SHOW_NS && load_acquire(&q->command) == RUN) {
+            publish(q, RUN); /* what took long must not wait for the rest of the batch */
+            shown_ns = q->now_ns;
+        }
     }
     if (taken)
         vd_count_batch(q, taken, before + taken);
@@ -184,23 +225,6 @@ static unsigned collect(struct vd_queue *q)
     return total;
 }
 
-static void interrupt(struct vd_queue *q)
-{
-    q->pace.owed = 0;
-    if (!vd_vring_wants_interrupt(&q->ring))
-        return;
-    count_up(&q->stats->interrupts, 1);
-    if (q->config.notify_ioctl) {
-        uint32_t index = (uint32_t)(q->stats - q->engine->stats);
-
-        (void)!ioctl(q->config.notify_fd, q->config.notify_ioctl, &index);
-    } else {
-        uint64_t one = 1;
-
-        (void)!write(q->config.notify_fd, &one, sizeof(one));
-    }
-}
-
 /* Start the request that the throttle held if its time has come, or now; returns 1 if it did. */
 static unsigned start_held(struct vd_queue *q, bool now)
 {
@@ -210,22 +234,6 @@ static unsigned start_held(struct vd_queue *q, bool now)
         return 0;
     start(q, r);
     return 1;
-}
-
-/* Show the driver what has ended since the last turn, and interrupt it, now or a little later. */
-static void publish(struct vd_queue *q, enum command command)
-{
-    if (q->stats->fault)
-        return;
-    if (q->ended) {
-        uint32_t outstanding = vd_vring_outstanding(&q->ring);
-
-        vd_vring_publish(&q->ring);
-        vd_pace_shown(&q->pace, q->ended, outstanding ? outstanding : q->in_flight + q->ended, q->now_ns);
-        q->ended = 0;
-    }
-    if (q->pace.owed && (command != RUN || vd_pace_interrupt_due(&q->pace, q->now_ns)))
-        interrupt(q);
 }
 
 /* The kernel has completions for us that it shows when we enter it next. */
@@ -263,8 +271,6 @@ static unsigned settle(struct vd_queue *q, enum command command)
     }
     if (load_relaxed(&q->abandoned))
         return work;
-    if (memory_lost(q))
-        vd_queue_fault(q, VD_FAULT_MEMORY);
     publish(q, command);
     return work;
 }

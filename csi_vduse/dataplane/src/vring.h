@@ -97,8 +97,6 @@ void vd_split_publish(struct vd_vring *ring);
 void vd_packed_publish(struct vd_vring *ring);
 bool vd_split_wants_interrupt(struct vd_vring *ring);
 bool vd_packed_wants_interrupt(struct vd_vring *ring);
-uint32_t vd_split_outstanding(const struct vd_vring *ring);
-uint32_t vd_packed_outstanding(const struct vd_vring *ring);
 bool vd_split_enable_kick(struct vd_vring *ring);
 bool vd_packed_enable_kick(struct vd_vring *ring);
 void vd_split_disable_kick(struct vd_vring *ring);
@@ -146,12 +144,6 @@ static inline void vd_vring_publish(struct vd_vring *ring)
 static inline bool vd_vring_wants_interrupt(struct vd_vring *ring)
 {
     return ring->is_packed ? vd_packed_wants_interrupt(ring) : vd_split_wants_interrupt(ring);
-}
-
-/* How many chains the driver had made available and not taken back, when it last said where it is; 0: it does not say. */
-static inline uint32_t vd_vring_outstanding(const struct vd_vring *ring)
-{
-    return ring->is_packed ? vd_packed_outstanding(ring) : vd_split_outstanding(ring);
 }
 
 /* Ask for a kick with the next available entry; true if one came already, so that sleeping would be wrong. */

@@ -232,14 +232,6 @@ bool vd_packed_wants_interrupt(struct vd_vring *ring)
                             (uint16_t)(packed_index(new) - count));
 }
 
-uint32_t vd_packed_outstanding(const struct vd_vring *ring)
-{
-    uint16_t event = load_relaxed(&ring->packed.driver->off_wrap), next = ring->next_avail;
-    uint32_t entries = (uint32_t)packed_index(next) + ((event ^ next) & VD_WRAP ? ring->size : 0) - packed_index(event);
-
-    return ring->event_idx && entries <= ring->size ? entries : 0;
-}
-
 bool vd_packed_enable_kick(struct vd_vring *ring)
 {
     struct vring_packed_desc_event *event = ring->packed.device;

@@ -164,13 +164,6 @@ bool vd_split_wants_interrupt(struct vd_vring *ring)
                            : !(load_relaxed(&ring->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
 }
 
-uint32_t vd_split_outstanding(const struct vd_vring *ring)
-{
-    uint16_t count = (uint16_t)(ring->next_avail - load_relaxed(ring->split.used_event));
-
-    return ring->event_idx && count <= ring->size ? count : 0;
-}
-
 bool vd_split_enable_kick(struct vd_vring *ring)
 {
     if (ring->event_idx)
