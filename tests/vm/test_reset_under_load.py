@@ -25,10 +25,10 @@ STAMP = struct.Struct("=QQ")  # block, how often it was written
 class StampedWriter:
     """Overwrites its blocks of a disk in turn until the disk is gone; knows of each what was begun and acknowledged."""
 
-    def __init__(self, disk: Path, begun: dict[int, int]) -> None:
+    def __init__(self, disk: Path, begun: dict[int, int], acknowledged: dict[int, int]) -> None:
         self.begun = begun
+        self.acknowledged = acknowledged
         self.count = 0
-        self.acknowledged = dict(begun)
         self.error: OSError | None = None
         self._fd = os.open(disk, os.O_RDWR | os.O_DIRECT)
         self._thread = threading.Thread(target=self._run)
@@ -97,11 +97,12 @@ def test_no_acknowledged_write_is_lost_when_the_driver_is_reset_under_load(
 ):
     with leaves_nothing(shared):
         device = attach(shared, image, queues=queues, packed=packed).device_name
-        begun = dict.fromkeys(range(BLOCKS), 0)
+        shares = [range(first, BLOCKS, WRITERS) for first in range(WRITERS)]
+        begun = [dict.fromkeys(share, 0) for share in shares]
+        acknowledged = [dict.fromkeys(share, 0) for share in shares]
         for _ in range(RESETS):
             (disk,) = disks(device)
-            shares = [range(first, BLOCKS, WRITERS) for first in range(WRITERS)]
-            writers = [StampedWriter(disk, {block: begun[block] for block in share}) for share in shares]
+            writers = [StampedWriter(disk, *each) for each in zip(begun, acknowledged, strict=True)]
             for writer in writers:
                 wait_until(lambda writer=writer: writer.count > 50, "writing")
             with unbound(disk):
@@ -111,5 +112,4 @@ def test_no_acknowledged_write_is_lost_when_the_driver_is_reset_under_load(
             wait_until(lambda: bool(disks(device)), "return of the disk")
             for writer in writers:
                 check(*disks(device), writer)
-                begun |= writer.begun
         detach(shared)
