@@ -24,6 +24,8 @@ from csi_vduse.errors import DataLoss
 VERSION: Final = 1  # in which logs are made
 READABLE: Final = frozenset({1})  # and those that a predecessor may have left
 _HEAD_BYTES: Final = 4096
+# Of a queue's part: the fields before its entries, the version among them, which is never 0 (src/inflight.h).
+_PART_HEAD_BYTES: Final = 16
 # Negotiated features: in the head, but not of its text, because they are known only when a driver is there.
 _FEATURES: Final = struct.Struct("=Q")
 _FEATURES_AT: Final = _HEAD_BYTES - _FEATURES.size
@@ -122,6 +124,10 @@ class InflightLog:
             raise DataLoss(
                 f"the in-flight log was written with features {self.features:#x}, the driver has {features:#x}"
             )
+
+    def was_begun(self, index: int) -> bool:
+        """Whether a queue was served, or at least begun, since the driver began; its part is blank otherwise."""
+        return any(self.part(index)[:_PART_HEAD_BYTES])
 
     def part(self, index: int) -> memoryview:
         """Return a queue's part."""

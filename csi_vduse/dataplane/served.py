@@ -114,7 +114,8 @@ class ServedDevice:
             driver_iova=info.driver_iova,
             device_iova=info.device_iova,
             state=info.packed_state if self._packed else info.avail_index,
-            resume=self._resumed,
+            # A worker that died in its start has begun some of the queues only.
+            resume=self._resumed and self._inflight.was_begun(index),
             kick_fd=self._kick_fds[index],
             notify_fd=self.device.fd,
             notify_ioctl=VQ_INJECT_IRQ,
@@ -206,6 +207,10 @@ class ServedDevice:
     def _take_over(self) -> None:
         """Start the queues that the dead worker served, and make up for lost kicks and interrupts."""
         if not any(self.device.queue_info(index).ready for index in range(self._spec.queues)):
+            return
+        if not self._inflight.features:
+            # The driver that set these queues up has not been served yet: its DRIVER_OK is on its way to us.
+            self._resumed = False
             return
         self.features = self.device.features()
         self._inflight.check(self.features)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from csi_vduse.dataplane import inflight
-from csi_vduse.dataplane.engine import inflight_bytes
+from csi_vduse.dataplane.engine import inflight_bytes, init_inflight
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.errors import DataLoss
 
@@ -69,3 +71,14 @@ def test_a_driver_with_other_features_is_refused(fd: int):
 def test_a_log_is_never_made_over_another(tmp_path: Path, fd: int):
     with pytest.raises(FileExistsError):
         inflight.create(tmp_path / "log", IDENTITY)
+
+
+def test_a_queue_is_begun_when_its_engine_has_written_its_part(fd: int):
+    log = InflightLog(fd, IDENTITY)
+    log.begin(1)
+    assert not log.was_begun(1)
+    with contextlib.closing(mmap.mmap(-1, 1 << 20)) as memory:
+        init_inflight(memory, 256, packed=False)
+        log.part(1)[:64] = memory[:64]
+    assert log.was_begun(1)
+    assert not log.was_begun(0)

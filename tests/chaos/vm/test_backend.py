@@ -192,7 +192,7 @@ def test_full_pool_makes_writes_wait_for_room(
             hog.unlink()
             for volume in (raw, ext4):
                 goes_on(shared, volume.id)
-                assert reason(shared, volume.id) == ""
+                wait_until(lambda v=volume: reason(shared, v.id) == "", "end of the waiting")
     finally:
         tool("umount", pool)
 
