@@ -43,7 +43,9 @@ class Cluster:
             virtiofsd.obtain()
         built = kubernetes.obtain()
         images = [*small_images.obtain().glob("*.tar"), *(built / "images").glob("*.tar")]
-        return built, [*images, product_image.obtain(_version()) / "image.tar"]
+        if _DOCKERFILE.is_file():
+            images.append(product_image.obtain(_version()) / "image.tar")
+        return built, images
 
     def up(self) -> None:
         """Bring it up: two Ready nodes that have every image, and an API that has the snapshot kinds.

@@ -51,6 +51,13 @@ def programs(layout: Layout) -> dict[str, list[str]]:
             f"--tls-private-key-file={folder}/apiserver.key",
             f"--kubelet-client-certificate={folder}/apiserver-kubelet.crt",
             f"--kubelet-client-key={folder}/apiserver-kubelet.key",
+            # Nobody is that proxy, but without it the controllers complain twice a minute.
+            f"--requestheader-client-ca-file={folder}/ca.crt",
+            *("--requestheader-allowed-names=front-proxy", "--requestheader-username-headers=X-Remote-User"),
+            *(
+                "--requestheader-group-headers=X-Remote-Group",
+                "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+            ),
             # By name, `kubectl logs` would ask a DNS server that does not exist.
             "--kubelet-preferred-address-types=InternalIP",
             "--service-account-issuer=https://kubernetes.default.svc",
@@ -84,22 +91,24 @@ class ControlPlane:
         self._programs = programs(layout)
 
     def start(self, name: str) -> None:
-        """Start one program; its log is added to.
+        """Start one program, which then has no parent but init; its log is added to.
 
-        Raises LabError when it runs.
+        Raises LabError when it runs already, or does not start.
         """
         if self.find(name):
             raise LabError(f"{name} runs already")
         self._layout.logs.mkdir(parents=True, exist_ok=True)
-        with (self._layout.logs / f"{name}.log").open("ab") as log:
-            subprocess.Popen(
-                self._layout.inside(*self._programs[name]),
+        log = self._layout.logs / f"{name}.log"
+        with log.open("ab") as output:
+            subprocess.run(
+                ["setsid", "--fork", *self._layout.inside(*self._programs[name])],
                 cwd="/",
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                stdout=output,
+                stderr=output,
+                check=True,
             )
+        self._wait(lambda: bool(self.find(name)), f"{name} to start; see {log}", END_S)
 
     def stop(self, name: str, *, kill: bool = False) -> None:
         """End one program, by SIGTERM or at once; nothing happens when it does not run.
@@ -131,12 +140,10 @@ class ControlPlane:
             self.start(name)
 
     def _api_ready(self) -> bool:
-        if not self.find("kube-apiserver") or not self.find("etcd"):
-            time.sleep(0.2)  # a process between its fork and its exec has another argv
-            for name in ("etcd", "kube-apiserver"):
-                if not self.find(name):
-                    end = host.tail(self._layout.logs / f"{name}.log", 10)
-                    raise LabError(f"{name} ended; its log ends:\n{end}")
+        for name in ("etcd", "kube-apiserver"):
+            if not self.find(name):
+                end = host.tail(self._layout.logs / f"{name}.log", 10)
+                raise LabError(f"{name} ended; its log ends:\n{end}")
         try:
             host.run([str(self._layout.kubectl), "get", "--raw=/readyz"], timeout_s=30)
         except LabSetupError:
