@@ -80,6 +80,48 @@ class StandaloneConfig:
         return self.agent.run_dir
 
 
+@dataclass(frozen=True)
+class NodeConfig:
+    """What `csi-vduse node` is told: the node plugin of a Kubernetes node.
+
+    Args:
+        node_id: the node's name in the Kubernetes API.
+        endpoint: path of the CSI socket, the same for kubelet as for us.
+        registration: path of the socket in kubelet's plugins_registry.
+        state_dir: survives a reboot; remembers the pools' marks.
+        agent_socket: where the node's agent listens.
+        pools: those of this node; may be none.
+        http_address: HOST:PORT of health and metrics.
+        startup_taint: key of the taint that is taken off the node when the driver is registered; "": none.
+    """
+
+    node_id: str
+    endpoint: Path
+    registration: Path
+    state_dir: Path
+    agent_socket: Path
+    pools: tuple[PoolConfig, ...]
+    http_address: str
+    startup_taint: str = ""
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """What `csi-vduse controller` is told.
+
+    Args:
+        endpoint: path of the CSI socket, shared with the sidecars.
+        http_address: HOST:PORT of health and metrics.
+        lease_namespace: where the lease of the leader is.
+        identity: of this process among the controllers.
+    """
+
+    endpoint: Path
+    http_address: str
+    lease_namespace: str
+    identity: str
+
+
 def parse_pool(text: str) -> PoolConfig:
     """Parse `NAME=KIND:LOCATION`.
 

@@ -7,9 +7,10 @@ Prometheus' conventions: base units, `_total` for counters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
-from prometheus_client import REGISTRY, Histogram, start_http_server
+from prometheus_client import REGISTRY, Gauge, Histogram, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -29,6 +30,13 @@ RPC_SECONDS = Histogram(
     ["method", "code"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
+
+POOL_TOTAL_BYTES = Gauge("csi_vduse_pool_size_bytes", "What a pool of this node can hold", ["pool"])
+POOL_AVAILABLE_BYTES = Gauge(
+    "csi_vduse_pool_available_bytes", "What may still be promised in a pool of this node", ["pool"]
+)
+REGISTERED = Gauge("csi_vduse_registered", "1 if kubelet has registered the driver on this node")
+LEADING = Gauge("csi_vduse_leading", "1 if this controller leads")
 
 
 class Operation(Protocol):
@@ -225,9 +233,30 @@ def _volume_metrics(volumes: Sequence[Volume]) -> Iterator[Metric]:
     yield from (*counters.values(), *gauges.values())
 
 
+def observe_pool(pool: str, *, total_bytes: int, available_bytes: int) -> None:
+    """Tell how large a pool is and what is left of it."""
+    POOL_TOTAL_BYTES.labels(pool).set(total_bytes)
+    POOL_AVAILABLE_BYTES.labels(pool).set(available_bytes)
+
+
 def observe_rpc(method: str, code: str, seconds: float) -> None:
     """Count an ended CSI call."""
     RPC_SECONDS.labels(method, code).observe(seconds)
+
+
+@contextmanager
+def collecting(read: Read) -> Iterator[None]:
+    """Have the workers' counters among the metrics while the body runs.
+
+    Args:
+        read: see WorkerCollector.
+    """
+    collector = WorkerCollector(read)
+    REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)
 
 
 def serve(address: str, read: Read) -> Callable[[], None]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from csi_vduse.backends.pools import Pools
 from csi_vduse.errors import NotFound, Unimplemented
 from csi_vduse.proto import csi_pb2, csi_pb2_grpc
 from csi_vduse.proto.compat import controller_volume_condition_capability, with_volume_condition
 from csi_vduse.services import validation
 from csi_vduse.services.messages import snapshot_message, volume_message
+from csi_vduse.services.operations import Provisioning, Snapshotting
 from csi_vduse.services.paging import page
-from csi_vduse.services.provisioning import Provisioner
-from csi_vduse.services.reserving import Reservations
-from csi_vduse.services.snapshotting import Snapshotter
+from csi_vduse.services.places import Places
 from csi_vduse.volumes import sizes
 from csi_vduse.volumes.context import volume_context
-from csi_vduse.volumes.model import Bus, State, Volume
-from csi_vduse.volumes.policy import objection
+from csi_vduse.volumes.model import State, Volume
 from csi_vduse.volumes.registry import Registry
-from csi_vduse.volumes.topology import Segments, includes
 
 _Rpc = csi_pb2.ControllerServiceCapability.RPC
 CAPABILITIES = (
@@ -48,29 +44,23 @@ class Controller(csi_pb2_grpc.ControllerServicer):
 
     Args:
         registry: what there is.
-        pools: where it lives.
         provisioner: acts on volumes.
         snapshotter: acts on snapshots.
-        reservations: knows what room is left.
-        segments: the place that volumes here can be used from.
+        places: where volumes are, and what room is left.
     """
 
     def __init__(
         self,
         *,
         registry: Registry,
-        pools: Pools,
-        provisioner: Provisioner,
-        snapshotter: Snapshotter,
-        reservations: Reservations,
-        segments: Segments,
+        provisioner: Provisioning,
+        snapshotter: Snapshotting,
+        places: Places,
     ) -> None:
         self._registry = registry
-        self._pools = pools
         self._provisioner = provisioner
         self._snapshotter = snapshotter
-        self._reservations = reservations
-        self._segments = segments
+        self._places = places
 
     async def ControllerGetCapabilities(
         self, request: csi_pb2.ControllerGetCapabilitiesRequest, context: Any
@@ -86,7 +76,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
     ) -> csi_pb2.CreateVolumeResponse:
         """Make a volume: blank, from a snapshot, or from another volume."""
         volume = await self._provisioner.create(validation.create_volume(request))
-        return csi_pb2.CreateVolumeResponse(volume=volume_message(volume, self._segments))
+        return csi_pb2.CreateVolumeResponse(volume=volume_message(volume, self._places.segments(volume)))
 
     async def DeleteVolume(
         self, request: csi_pb2.DeleteVolumeRequest, context: Any
@@ -144,7 +134,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
             with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
             entries.append(
                 csi_pb2.ListVolumesResponse.Entry(
-                    volume=volume_message(volume, self._segments), status=status
+                    volume=volume_message(volume, self._places.segments(volume)), status=status
                 )
             )
         return csi_pb2.ListVolumesResponse(entries=entries, next_token=next_token)
@@ -159,7 +149,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         problem = await self._problem(volume)
         with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
         return csi_pb2.ControllerGetVolumeResponse(
-            volume=volume_message(volume, self._segments), status=status
+            volume=volume_message(volume, self._places.segments(volume)), status=status
         )
 
     async def GetCapacity(
@@ -170,16 +160,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         Without a pool to go by it is the sum of all pools, and the largest volume is that of the emptiest.
         """
         asked = validation.get_capacity(request)
-        name = asked.asked.pool or self._pools.default_name()
-        backends = [self._pools.named(name)] if name else list(self._pools)
-        bus = asked.asked.bus or Bus.VIRTIO_VDPA
-        fitting = [
-            backend
-            for backend in backends
-            if includes(asked.place, self._segments)
-            and not any(objection(use, backend=backend.kind, bus=bus) for use in asked.uses)
-        ]
-        left = [await self._reservations.available(backend) for backend in fitting]
+        left = await self._places.room(asked)
         response = csi_pb2.GetCapacityResponse(available_capacity=sum(left))
         response.maximum_volume_size.value = max(left, default=0)
         response.minimum_volume_size.value = sizes.floor_bytes(use.filesystem for use in asked.uses)
@@ -263,4 +244,4 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         raise Unimplemented("ControllerListVolumeHealth is not offered by this driver")
 
     async def _problem(self, volume: Volume) -> str:
-        return await self._pools.holding(volume.pool).problem(volume)
+        return await self._places.problem(volume)

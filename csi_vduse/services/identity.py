@@ -3,27 +3,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from csi_vduse import DRIVER_NAME, __version__, log
+from csi_vduse.agent.model import Probe
 from csi_vduse.errors import VduseError
 from csi_vduse.proto import csi_pb2, csi_pb2_grpc
-from csi_vduse.services.agent_port import Agent
 
 _Service = csi_pb2.PluginCapability.Service
 _Expansion = csi_pb2.PluginCapability.VolumeExpansion
+
+
+class Prober(Protocol):
+    """Knows whether we can work: the agent, or what the controller knows of the cluster."""
+
+    async def probe(self) -> Probe:
+        """Tell whether we can work, and if not why; may raise Unavailable."""
+        ...
 
 
 class Identity(csi_pb2_grpc.IdentityServicer):
     """The service.
 
     Args:
-        agent: asked whether it can work.
+        prober: asked whether we can work.
         driver_name: what the orchestrator knows us by; never changes once volumes exist.
     """
 
-    def __init__(self, agent: Agent, *, driver_name: str = DRIVER_NAME) -> None:
-        self._agent = agent
+    def __init__(self, prober: Prober, *, driver_name: str = DRIVER_NAME) -> None:
+        self._prober = prober
         self._driver_name = driver_name
 
     async def GetPluginInfo(
@@ -47,14 +55,14 @@ class Identity(csi_pb2_grpc.IdentityServicer):
         )
 
     async def Probe(self, request: csi_pb2.ProbeRequest, context: Any) -> csi_pb2.ProbeResponse:
-        """Return whether the agent is ready; an agent that does not answer is starting, not an error."""
+        """Return whether we are ready; an agent that does not answer is starting, not an error."""
         try:
-            probe = await self._agent.probe()
+            probe = await self._prober.probe()
         except VduseError as error:
-            log.get().warning("the agent does not answer", error=str(error))
+            log.get().warning("nobody answers the probe", error=str(error))
             return _ready(value=False)
         if not probe.ready:
-            log.get().warning("the agent is not ready", problems=probe.problems)
+            log.get().warning("not ready", problems=probe.problems)
         return _ready(value=probe.ready)
 
 

@@ -105,10 +105,14 @@ def _keys(exclusive: set[str], shared: Collection[str] = ()) -> Keys:
 
 
 class LockInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every service; belongs inside of the interceptor that turns errors into statuses."""
+    """Wraps every service; belongs inside of the interceptor that turns errors into statuses.
 
-    def __init__(self) -> None:
-        self._table = LockTable()
+    Args:
+        table: shared with what works on volumes beside the calls; None: nothing does.
+    """
+
+    def __init__(self, table: LockTable | None = None) -> None:
+        self._table = table or LockTable()
         self._running: set[asyncio.Task[Any]] = set()
 
     async def intercept_service(

@@ -10,7 +10,6 @@ The caller holds the locks of the volume and of its source (locks.py).
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -30,13 +29,20 @@ from csi_vduse.errors import (
 )
 from csi_vduse.services.agent_port import Agent
 from csi_vduse.services.copies import Copies
+from csi_vduse.services.planning import (
+    mismatch,
+    new_volume,
+    require_possible,
+    require_same,
+    require_source_in,
+)
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import CreateVolume, ExpandVolume
 from csi_vduse.volumes import sizes
 from csi_vduse.volumes.ids import volume_id as volume_id_of
 from csi_vduse.volumes.model import Snapshot, SourceKind, State, Volume
 from csi_vduse.volumes.parameters import parse_mutable
-from csi_vduse.volumes.policy import Use, objection
+from csi_vduse.volumes.policy import Use
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, satisfies
 
@@ -97,7 +103,7 @@ class Provisioner:
                 f"name {request.name!r} has the id of {existing.name!r}", hint="choose another name"
             )
         if existing is not None and existing.state is State.READY:
-            self._require_same(existing, request)
+            require_same(existing, request, default_pool=self._pools.default_name(), segments=self._segments)
             return existing
         if existing is not None:
             await self._discard(existing)
@@ -148,7 +154,7 @@ class Provisioner:
         """
         volume = await self.ready_volume(request.volume_id)
         if request.use is not None:
-            self._require_possible((request.use,), volume)
+            require_possible((request.use,), volume)
         if volume.capacity_bytes >= request.wanted.required_bytes:
             if not request.wanted.allows(volume.capacity_bytes):
                 raise OutOfRange(
@@ -189,13 +195,7 @@ class Provisioner:
 
     def mismatch(self, volume: Volume, uses: tuple[Use, ...]) -> str:
         """Say why a volume cannot be used so, or nothing if it can."""
-        reasons = (objection(use, backend=volume.backend, bus=volume.parameters.bus) for use in uses)
-        return next((reason for reason in reasons if reason), "")
-
-    def _require_possible(self, uses: tuple[Use, ...], volume: Volume) -> None:
-        reason = self.mismatch(volume, uses)
-        if reason:
-            raise InvalidArgument(reason)
+        return mismatch(volume, uses)
 
     async def _plan(self, volume_id: str, request: CreateVolume) -> tuple[Volume, Volume | Snapshot | None]:
         """Decide what the new volume is to be."""
@@ -209,31 +209,8 @@ class Provisioner:
         if pool is None:
             raise InvalidArgument(f"parameter pool is missing; allowed: {', '.join(self._pools.names)}")
         backend = self._pools.named(pool)
-        if source is not None and source.pool != pool:
-            raise InvalidArgument(
-                f"parameter pool: the source {source.id} is in pool {source.pool!r}, not {pool!r}",
-                hint="a clone or restored snapshot stays in the pool of its source",
-            )
-        source_bytes = _size_bytes(source)
-        volume = Volume(
-            id=volume_id,
-            name=request.name,
-            pool=pool,
-            backend=backend.kind,
-            capacity_bytes=sizes.choose(
-                request.wanted,
-                smallest_bytes=max(sizes.floor_bytes(use.filesystem for use in request.uses), source_bytes),
-                default_bytes=source_bytes or sizes.DEFAULT_BYTES,
-            ),
-            parameters=request.asked.resolve(_block_size_bytes(source)),
-            source=request.source,
-            filesystem=source.filesystem if source else None,
-            state=State.CREATING,
-            created_at_ns=time.time_ns(),
-            throttle=request.asked.throttle,
-        )
-        self._require_possible(request.uses, volume)
-        return volume, source
+        require_source_in(source, pool)
+        return new_volume(volume_id, request, source=source, pool=pool, backend=backend.kind), source
 
     async def _source(self, request: CreateVolume) -> Volume | Snapshot | None:
         if request.source is None:
@@ -259,31 +236,6 @@ class Provisioner:
                 await self._copies.of_snapshot(
                     backend, source, lambda until_s: backend.restore(source, volume, until_s=until_s)
                 )
-
-    def _require_same(self, existing: Volume, request: CreateVolume) -> None:
-        """Refuse a request whose name is taken by another kind of volume."""
-        differences = [
-            request.asked.difference(existing.pool, existing.parameters, inherits=existing.source is not None)
-        ]
-        if request.asked.pool is None and existing.source is None:
-            default = self._pools.default_name()
-            differences.append(f"pool {existing.pool!r}, not {default!r}" if existing.pool != default else "")
-        if not request.wanted.allows(existing.capacity_bytes):
-            differences.append(
-                f"capacity {existing.capacity_bytes}, not {request.wanted.required_bytes} to "
-                f"{request.wanted.limit_bytes or 'any'}"
-            )
-        if existing.source != request.source:
-            differences.append("another source")
-        if not satisfies(request.requirement, self._segments):
-            differences.append("another topology")
-        differences.append(self.mismatch(existing, request.uses))
-        text = "; ".join(difference for difference in differences if difference)
-        if text:
-            raise AlreadyExists(
-                f"volume {request.name!r} exists and differs: {text}",
-                hint="use another name, or delete it first",
-            )
 
     async def _set_size(self, volume_id: str, capacity_bytes: int, expanding_to_bytes: int) -> Volume:
         return await self._registry.update_volume(
@@ -313,21 +265,3 @@ class Provisioner:
     async def finish_delete(self, volume: Volume) -> None:
         """Go on with a delete that a restart interrupted."""
         await self._discard(volume)
-
-
-def _size_bytes(source: Volume | Snapshot | None) -> int:
-    match source:
-        case Volume():
-            return source.capacity_bytes
-        case Snapshot():
-            return source.size_bytes
-    return 0
-
-
-def _block_size_bytes(source: Volume | Snapshot | None) -> int | None:
-    match source:
-        case Volume():
-            return source.parameters.block_size_bytes
-        case Snapshot():
-            return source.block_size_bytes
-    return None

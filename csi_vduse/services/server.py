@@ -16,7 +16,7 @@ from csi_vduse import log
 from csi_vduse.agent.server import claim_socket
 from csi_vduse.errors import FailedPrecondition
 from csi_vduse.services.interceptors import Observe, StatusInterceptor
-from csi_vduse.services.locks import LockInterceptor
+from csi_vduse.services.locks import LockInterceptor, LockTable
 
 # Adds one service to a server, as the generated add_XServicer_to_server do.
 Register = Callable[[grpc.aio.Server], None]
@@ -53,7 +53,11 @@ class CsiServer:
 
 
 async def start_server(
-    socket_path: Path, services: Iterable[Register], *, observe: Observe | None = None
+    socket_path: Path,
+    services: Iterable[Register],
+    *,
+    observe: Observe | None = None,
+    table: LockTable | None = None,
 ) -> CsiServer:
     """Serve at `socket_path` until `stop`.
 
@@ -61,6 +65,7 @@ async def start_server(
         socket_path: a socket left there by a dead process is removed, one that answers is not.
         services: each adds itself to the server.
         observe: is told of every ended call; see interceptors.py.
+        table: of locks, shared with what works on volumes beside the calls; None: nothing does.
 
     Raises:
         FailedPrecondition: another process listens there, the path is not a socket, or it cannot be bound.
@@ -72,7 +77,7 @@ async def start_server(
         raise FailedPrecondition(
             f"cannot listen on {socket_path}: {error}", hint="check --endpoint"
         ) from error
-    locks = LockInterceptor()
+    locks = LockInterceptor(table)
     server = grpc.aio.server(interceptors=[StatusInterceptor(observe), locks])
     for register in services:
         register(server)

@@ -22,6 +22,7 @@ from csi_vduse.services.copies import Copies
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
 from csi_vduse.services.node import Node
+from csi_vduse.services.places import LocalPlaces
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
@@ -106,11 +107,9 @@ async def _start_controller(
     await reconcile(registry=registry, pools=pools, provisioner=provisioner, snapshotter=snapshotter)
     return Controller(
         registry=registry,
-        pools=pools,
         provisioner=provisioner,
         snapshotter=snapshotter,
-        reservations=reservations,
-        segments=segments,
+        places=LocalPlaces(pools=pools, reservations=reservations, segments=segments),
     )
 
 

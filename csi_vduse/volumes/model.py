@@ -99,6 +99,7 @@ class Volume:
         created_at_ns: nanoseconds since 1970, UTC; also the order of listings.
         expanding_to_bytes: written before the image grows, cleared after; 0 when no expansion is under way.
         throttle: how fast it may be; changes at any time.
+        node: the node that its pool is on; empty: the one that the registry belongs to, or any.
     """
 
     id: str
@@ -113,6 +114,7 @@ class Volume:
     created_at_ns: int
     expanding_to_bytes: int = 0
     throttle: Throttle = UNLIMITED
+    node: str = ""
 
     @property
     def reserved_bytes(self) -> int:
@@ -134,6 +136,7 @@ class Snapshot:
         state: see State; usable only when ready.
         filesystem: the volume's record when it was cut.
         block_size_bytes: the volume's block size.
+        node: the node that its pool is on; as Volume.node.
     """
 
     id: str
@@ -145,6 +148,7 @@ class Snapshot:
     state: State
     filesystem: FilesystemRecord | None
     block_size_bytes: int = 512
+    node: str = ""
 
 
 def volume_to_json(volume: Volume) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from csi_vduse.backends.pools import Pools
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services.controller import Controller
 from csi_vduse.services.copies import Copies
+from csi_vduse.services.places import LocalPlaces
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
@@ -119,11 +120,9 @@ class Stack:
         )
         self.controller = Controller(
             registry=self.registry,
-            pools=self.pools,
             provisioner=self.provisioner,
             snapshotter=self.snapshotter,
-            reservations=self.reservations,
-            segments=segments,
+            places=LocalPlaces(pools=self.pools, reservations=self.reservations, segments=segments),
         )
 
     async def start(self) -> None:

@@ -1,0 +1,1 @@
+"""The Kubernetes API, isolated: the one place that imports the package `kubernetes`."""

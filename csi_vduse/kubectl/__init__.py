@@ -1,0 +1,1 @@
+"""`kubectl vduse`: the driver as one sees it from outside the cluster, with a person's own rights."""

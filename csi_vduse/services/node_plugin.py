@@ -1,0 +1,252 @@
+"""The node plugin's process, put together: Identity and Node for kubelet, and the work for this node's pools.
+
+Order at start: the CSI socket answers; then the agent is waited for; then the registration socket appears in
+kubelet's directory; when kubelet has registered us the start-up taint goes. Nothing of this waits for the
+Kubernetes API but the last. At the end the registration goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import Protocol
+
+from csi_vduse import DRIVER_NAME, log, metrics
+from csi_vduse.agent.model import Probe, VolumeStats
+from csi_vduse.backends.pools import Pools, open_pools
+from csi_vduse.config import NodeConfig
+from csi_vduse.errors import VduseError
+from csi_vduse.kube.api import ApiServer
+from csi_vduse.kube.mirror import Mirror, mirroring
+from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES
+from csi_vduse.kube.taints import remove_taint
+from csi_vduse.node.context import Agent as NodeAgent
+from csi_vduse.node.context import NodeContext
+from csi_vduse.proto import csi_pb2_grpc
+from csi_vduse.services import http
+from csi_vduse.services.agent_port import Agent as ControllerAgent
+from csi_vduse.services.copies import Copies
+from csi_vduse.services.identity import Identity
+from csi_vduse.services.locks import LockTable
+from csi_vduse.services.node import Node
+from csi_vduse.services.node_status import NodeStatus
+from csi_vduse.services.node_work import NodeWork
+from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.registration import Registration, serve_registration
+from csi_vduse.services.reserving import Reservations
+from csi_vduse.services.server import start_server
+from csi_vduse.services.snapshotting import Snapshotter
+from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
+from csi_vduse.volumes.topology import node_segments
+
+_AGENT_PERIOD_S = 2.0
+_TAINT_PERIOD_S = 5.0
+_SCRAPE_TIMEOUT_S = 15.0
+
+
+NodeFactory = Callable[[NodeContext], csi_pb2_grpc.NodeServicer]
+
+
+class Fitness:
+    """What is known of the agent, for /readyz."""
+
+    def __init__(self) -> None:
+        self.problem = "the agent was not asked yet"
+
+    def heard(self, probe: Probe) -> None:
+        """Remember what a probe found."""
+        self.problem = "" if probe.ready else "; ".join(probe.problems) or "the agent is not ready"
+
+
+class Agent(ControllerAgent, NodeAgent, Protocol):
+    """All that the node plugin needs of the agent; AgentClient has it."""
+
+    async def stats(self) -> list[VolumeStats]:
+        """Return the counters of all workers."""
+        ...
+
+
+@asynccontextmanager
+async def serving(
+    config: NodeConfig, api: ApiServer, agent: Agent, make_node: NodeFactory = Node
+) -> AsyncIterator[None]:
+    """Be the node plugin while the body runs.
+
+    Args:
+        config: what it is told.
+        api: the Kubernetes API; may be away.
+        agent: answers already, or will.
+        make_node: makes the node service; tests change what it works with.
+
+    Raises:
+        FailedPrecondition: a socket or address cannot be bound.
+        InvalidArgument: a pool is not what it should be.
+    """
+    fitness, locks = Fitness(), LockTable()
+    registry = KubernetesRegistry(api, config.node_id)
+    pools = open_pools(config.pools, config.state_dir)
+    registration = Registration(
+        driver_name=DRIVER_NAME,
+        endpoint=config.endpoint,
+        on_registered=partial(_registered, config, api),
+    )
+    checks: dict[str, Callable[[], str]] = {
+        "agent": lambda: fitness.problem,
+        "kubelet": lambda: registration.problem,
+    }
+    async with AsyncExitStack() as stack:
+        stack.callback(pools.close)
+        await stack.enter_async_context(http.serving(config.http_address, checks))
+        stack.enter_context(metrics.collecting(_reader(agent)))
+        context = NodeContext(
+            node_id=config.node_id,
+            agent=agent,
+            registry=registry,
+            data_path=lambda volume: pools.holding(volume.pool).data_path(volume),
+        )
+        server = await start_server(
+            config.endpoint,
+            [
+                partial(csi_pb2_grpc.add_IdentityServicer_to_server, Identity(agent)),
+                partial(csi_pb2_grpc.add_NodeServicer_to_server, make_node(context)),
+            ],
+            observe=metrics.observe_rpc,
+            table=locks,
+        )
+        stack.push_async_callback(server.stop)
+        await stack.enter_async_context(
+            _working(
+                config,
+                api,
+                registry=registry,
+                pools=pools,
+                agent=agent,
+                locks=locks,
+                fitness=fitness,
+            )
+        )
+        registering = asyncio.create_task(_register(config, registration, agent, fitness))
+        stack.push_async_callback(_stop, registering)
+        yield
+
+
+@asynccontextmanager
+async def _working(
+    config: NodeConfig,
+    api: ApiServer,
+    *,
+    registry: KubernetesRegistry,
+    pools: Pools,
+    agent: Agent,
+    locks: LockTable,
+    fitness: Fitness,
+) -> AsyncIterator[None]:
+    """Work for this node's pools, and tell how they are."""
+    selector = f"spec.nodeName={config.node_id}"
+    volumes, snapshots = Mirror(api, VOLUMES, selector), Mirror(api, SNAPSHOTS, selector)
+    segments, reservations, copies = node_segments(config.node_id), Reservations(registry), Copies(agent)
+    for backend in pools:
+        try:
+            await backend.clean()
+        except VduseError as error:
+            log.get().error("pool is not usable now", pool=backend.name, error=str(error))
+    work = NodeWork(
+        node=config.node_id,
+        api=api,
+        registry=registry,
+        volumes=volumes,
+        snapshots=snapshots,
+        provisioner=Provisioner(
+            registry=registry,
+            pools=pools,
+            agent=agent,
+            copies=copies,
+            reservations=reservations,
+            segments=segments,
+        ),
+        snapshotter=Snapshotter(
+            registry=registry, pools=pools, copies=copies, reservations=reservations, segments=segments
+        ),
+        agent=agent,
+        locks=locks,
+    )
+    status = NodeStatus(
+        node=config.node_id,
+        api=api,
+        registry=registry,
+        volumes=volumes,
+        pools=pools,
+        reservations=reservations,
+        agent=agent,
+        on_probe=fitness.heard,
+    )
+    tasks = [asyncio.create_task(work.run()), asyncio.create_task(status.run())]
+    async with mirroring(volumes, snapshots):
+        try:
+            yield
+        finally:
+            for task in tasks:
+                await _stop(task)
+
+
+async def _register(config: NodeConfig, registration: Registration, agent: Agent, fitness: Fitness) -> None:
+    """Wait for a fit agent, then lay the socket into kubelet's directory until cancelled."""
+    while True:
+        with suppress(VduseError):
+            probe = await agent.probe()
+            fitness.heard(probe)
+            if probe.ready:
+                break
+        await asyncio.sleep(_AGENT_PERIOD_S)
+    server = await serve_registration(registration, config.registration)
+    log.get().info("registering with kubelet", socket=str(config.registration))
+    try:
+        await asyncio.Event().wait()
+    finally:
+        config.registration.unlink(missing_ok=True)
+        metrics.REGISTERED.set(0)
+        await server.stop(0)
+
+
+async def _registered(config: NodeConfig, api: ApiServer) -> None:
+    metrics.REGISTERED.set(1)
+    if config.startup_taint:
+        task = asyncio.create_task(_untaint(config, api))
+        _UNTAINTING.add(task)
+        task.add_done_callback(_UNTAINTING.discard)
+
+
+_UNTAINTING: set[asyncio.Task[None]] = set()  # asyncio keeps no reference of its own
+
+
+async def _untaint(config: NodeConfig, api: ApiServer) -> None:
+    while True:
+        try:
+            await remove_taint(api, config.node_id, config.startup_taint)
+        except VduseError as error:
+            log.get().warning("the start-up taint could not be taken off", error=str(error))
+            await asyncio.sleep(_TAINT_PERIOD_S)
+        else:
+            return
+
+
+def _reader(agent: Agent) -> metrics.Read:
+    loop = asyncio.get_running_loop()
+
+    async def ask() -> tuple[list[VolumeStats], dict[str, int]]:
+        stats, attachments = await asyncio.gather(agent.stats(), agent.list())
+        return stats, dict(Counter(attachment.state.value for attachment in attachments))
+
+    def read() -> tuple[list[VolumeStats], dict[str, int]]:
+        return asyncio.run_coroutine_threadsafe(ask(), loop).result(_SCRAPE_TIMEOUT_S)
+
+    return read
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

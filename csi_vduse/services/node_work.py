@@ -1,0 +1,229 @@
+"""What a node does for the objects of its pools: creates, grows, snapshots and deletes where the bytes are.
+
+The acts are those of `standalone` (provisioning.py, snapshotting.py), on a registry that writes statuses.
+Keeps true: one act at a time for each object, and none while a CSI call for it runs (one table of locks);
+every object is looked at again after a change, after an error, and every RESYNC_S; what cannot be done is
+said in the object's status. Nothing here ends the process: an API that is away is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+
+from csi_vduse import log
+from csi_vduse.errors import DeadlineExceeded, NotFound, Pending, Unavailable, VduseError
+from csi_vduse.kube.api import ApiServer, Conflict
+from csi_vduse.kube.mirror import Mirror
+from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, name_of
+from csi_vduse.services.agent_port import Agent
+from csi_vduse.services.locks import Keys, LockTable
+from csi_vduse.services.node_steps import Step, snapshot_step, volume_step
+from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.snapshotting import Snapshotter
+from csi_vduse.services.validation import CreateSnapshot, CreateVolume, ExpandVolume
+from csi_vduse.volumes import kubernetes_objects as objects
+from csi_vduse.volumes.model import SourceKind
+from csi_vduse.volumes.parameters import AskedParameters
+from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
+from csi_vduse.volumes.sizes import CapacityRange
+
+RESYNC_S = 60.0
+_WORKERS = 4
+_FIRST_DELAY_S = 1.0
+_MAX_DELAY_S = 30.0
+# Errors that another try can mend without anybody changing anything.
+_TRANSIENT = (Unavailable, Pending, DeadlineExceeded, Conflict)
+
+Key = tuple[Resource, str]
+
+
+class NodeWork:
+    """See the module.
+
+    Args:
+        node: our name.
+        api: where the objects are.
+        registry: this node's, over the same API.
+        volumes: a mirror of this node's volumes.
+        snapshots: a mirror of this node's snapshots.
+        provisioner: acts on volumes.
+        snapshotter: acts on snapshots.
+        agent: knows what is attached.
+        locks: shared with the CSI calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        api: ApiServer,
+        registry: KubernetesRegistry,
+        volumes: Mirror,
+        snapshots: Mirror,
+        provisioner: Provisioner,
+        snapshotter: Snapshotter,
+        agent: Agent,
+        locks: LockTable,
+    ) -> None:
+        self._node = node
+        self._api = api
+        self._registry = registry
+        self._mirrors = {VOLUMES: volumes, SNAPSHOTS: snapshots}
+        self._provisioner = provisioner
+        self._snapshotter = snapshotter
+        self._agent = agent
+        self._locks = locks
+        self._queue: asyncio.Queue[Key] = asyncio.Queue()
+        self._queued: set[Key] = set()
+        self._delays_s: dict[Key, float] = {}
+        for resource, mirror in self._mirrors.items():
+            mirror.listen(self._listener(resource))
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_WORKERS):
+                group.create_task(self._work())
+            group.create_task(self._resync())
+
+    async def _resync(self) -> None:
+        while True:
+            await asyncio.sleep(RESYNC_S)
+            for resource, mirror in self._mirrors.items():
+                for found in mirror.all():
+                    self._enqueue((resource, name_of(found)))
+
+    async def _work(self) -> None:
+        while True:
+            key = await self._queue.get()
+            self._queued.discard(key)
+            resource, name = key
+            with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
+                try:
+                    await self._look_and_act(resource, name)
+                    self._delays_s.pop(key, None)
+                except _TRANSIENT as error:
+                    self._retry(key, error)
+                except VduseError as error:
+                    # Not even the status could be written; the next resync comes anyway.
+                    log.get().error("an object could not be worked on", error=str(error))
+                    self._retry(key, error)
+                except Exception:  # noqa: BLE001 - one object must not stop the work on the others
+                    log.get().exception("unexpected error")
+                    self._retry(key, None)
+
+    async def _look_and_act(self, resource: Resource, name: str) -> None:
+        found = await self._api.get(resource, name)
+        decide = volume_step if resource is VOLUMES else snapshot_step
+        step = decide(found, self._node)
+        if found is None or step is Step.NOTHING:
+            return
+        keys = lock_keys(resource, found)
+        self._locks.acquire(keys)
+        try:
+            await self._act(resource, found, step)
+        except VduseError as error:
+            await self._report(resource, found, step, error)
+            if isinstance(error, _TRANSIENT) or step is Step.DELETE:
+                raise
+        finally:
+            self._locks.release(keys)
+        self._enqueue((resource, name))  # there may be another step
+
+    async def _act(self, resource: Resource, found: Object, step: Step) -> None:
+        name = name_of(found)
+        log.get().info("working", step=step.name)
+        if step is Step.DELETE:
+            await (self._provisioner if resource is VOLUMES else self._snapshotter).delete(name)
+            await self._mark(resource, found, state=objects.DELETED)
+            return
+        if resource is SNAPSHOTS:
+            spec = found["spec"]
+            await self._snapshotter.create(CreateSnapshot(spec["snapshotName"], spec["sourceVolumeId"], None))
+        elif step is Step.CREATE:
+            await self._provisioner.create(create_request(found))
+        elif step is Step.EXPAND:
+            wanted = CapacityRange(required_bytes=int(found["spec"]["capacityBytes"]))
+            await self._provisioner.expand(ExpandVolume(name, wanted, None))
+        elif step is Step.OBSERVE:
+            with suppress(NotFound):  # not attached: the next attach has them
+                await self._agent.throttle(name, objects.throttle_of(found))
+        await self._mark(resource, found, expandingToBytes=0 if resource is VOLUMES else None)
+
+    async def _mark(self, resource: Resource, found: Object, **fields: object) -> None:
+        """Record that the spec, as it was when we looked, is met."""
+        generation = found["metadata"]["generation"]
+        known = {key: value for key, value in fields.items() if value is not None}
+
+        def met(now: Object) -> Object:
+            kept = {key: value for key, value in now.get("status", {}).items() if key != "error"}
+            return {**kept, **known, "observedGeneration": generation}
+
+        with suppress(NotFound):
+            await self._registry.update_status(resource, name_of(found), met)
+
+    async def _report(self, resource: Resource, found: Object, step: Step, error: VduseError) -> None:
+        """Say in the status what went wrong; a creation that can never succeed has failed."""
+        log.get().warning("a step failed", step=step.name, error=str(error))
+        # A delete is tried for as long as the object is there: what keeps it (an attachment) goes some day.
+        retrying = isinstance(error, _TRANSIENT) or step is Step.DELETE
+        said = objects.error_status(error, found["metadata"]["generation"], retrying=retrying)
+
+        def status(now: Object) -> Object:
+            failed = {"state": objects.FAILED} if step is Step.CREATE and not retrying else {}
+            return {**now.get("status", {}), **failed, "error": said}
+
+        with suppress(NotFound):
+            await self._registry.update_status(resource, name_of(found), status)
+
+    def _retry(self, key: Key, error: VduseError | None) -> None:
+        delay_s = self._delays_s.get(key, _FIRST_DELAY_S)
+        self._delays_s[key] = min(delay_s * 2, _MAX_DELAY_S)
+        log.get().info("trying again later", delay_s=delay_s, error=str(error) if error else None)
+        asyncio.get_running_loop().call_later(delay_s, self._enqueue, key)
+
+    def _listener(self, resource: Resource) -> Callable[[str], None]:
+        return lambda name: self._enqueue((resource, name))
+
+    def _enqueue(self, key: Key) -> None:
+        if key not in self._queued:
+            self._queued.add(key)
+            self._queue.put_nowait(key)
+
+
+def create_request(found: Object) -> CreateVolume:
+    """Return the request that an object stands for; the controller has checked what it cannot tell."""
+    wanted = objects.wanted_volume(found)
+    parameters = wanted.parameters
+    return CreateVolume(
+        name=wanted.name,
+        wanted=CapacityRange(wanted.capacity_bytes, wanted.capacity_bytes),
+        uses=(),
+        asked=AskedParameters(
+            pool=wanted.pool,
+            bus=parameters.bus,
+            queues=parameters.queues,
+            queue_size=parameters.queue_size,
+            block_size_bytes=parameters.block_size_bytes,
+            throttle=wanted.throttle,
+        ),
+        source=wanted.source,
+        requirement=None,
+    )
+
+
+def lock_keys(resource: Resource, found: Object) -> Keys:
+    """Return what work on an object excludes, as locks.keys_of does for the CSI call of the same kind."""
+    name, spec = name_of(found), found["spec"]
+    if resource is SNAPSHOTS:
+        return Keys(frozenset({name, spec["sourceVolumeId"]}))
+    source = spec.get("source")
+    if not source:
+        return Keys(frozenset({name}))
+    if source["kind"] == SourceKind.VOLUME.value:
+        return Keys(frozenset({name, source["id"]}))
+    return Keys(frozenset({name}), frozenset({source["id"]}))

@@ -1,0 +1,195 @@
+"""The nodes' pools as the controller sees them, and where a new volume goes. Decisions are pure.
+
+Every node measures its pools and says so in the status of its VduseNode; what is promised is counted here,
+from the volumes as they are now, begun or not. So two volumes that are placed one after the other never
+share the same room, and a node's own reservation (reserving.py) is the last word.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from csi_vduse.backends.accounting import available_bytes
+from csi_vduse.backends.base import PoolUsage
+from csi_vduse.backends.pools import DEFAULT_POOL
+from csi_vduse.errors import InvalidArgument, ResourceExhausted
+from csi_vduse.kube.mirror import Mirror
+from csi_vduse.kube.resources import Object, name_of
+from csi_vduse.services.validation import GetCapacity
+from csi_vduse.volumes import kubernetes_objects as objects
+from csi_vduse.volumes.model import Bus, Snapshot, Volume
+from csi_vduse.volumes.policy import objection
+from csi_vduse.volumes.topology import Segments, TopologyRequirement, includes, node_segments, satisfies
+
+# A node that said nothing for so long is asked last: it is most likely down.
+_SILENT_S = 180.0
+
+
+@dataclass(frozen=True)
+class NodePool:
+    """A pool of a node.
+
+    Args:
+        node: its name.
+        pool: its name; pools of one name on several nodes are one choice to users.
+        kind: of its backend.
+        usage: as measured; None if the pool is not usable now.
+        is_live: whether the node said so lately.
+    """
+
+    node: str
+    pool: str
+    kind: str
+    usage: PoolUsage | None
+    is_live: bool
+
+
+class NodesView:
+    """What the mirrors hold, as values; the `Places` of a cluster.
+
+    Args:
+        nodes: VduseNode objects.
+        volumes: VduseVolume objects.
+        snapshots: VduseSnapshot objects.
+    """
+
+    def __init__(self, *, nodes: Mirror, volumes: Mirror, snapshots: Mirror) -> None:
+        self._nodes = nodes
+        self._volumes = volumes
+        self._snapshots = snapshots
+
+    def segments(self, volume: Volume) -> Segments:
+        """Return the volume's node."""
+        return node_segments(volume.node)
+
+    async def problem(self, volume: Volume) -> str:
+        """Return what the volume's node says is wrong with it."""
+        found = self._volumes.get(volume.id)
+        health = (found or {}).get("status", {}).get("health", {})
+        message: str = health.get("message", "") if health.get("status") != "Healthy" else ""
+        return message
+
+    async def room(self, asked: GetCapacity) -> list[int]:
+        """Look at the pools of the place that is asked for."""
+        pools = self.pools()
+        name = asked.asked.pool or default_pool(pools)
+        bus = asked.asked.bus or Bus.VIRTIO_VDPA
+        fitting = [
+            pool
+            for pool in pools
+            if (name is None or pool.pool == name)
+            and includes(asked.place, node_segments(pool.node))
+            and not any(objection(use, backend=pool.kind, bus=bus) for use in asked.uses)
+        ]
+        if not fitting and asked.asked.pool and asked.asked.pool not in {pool.pool for pool in pools}:
+            raise unknown_pool(asked.asked.pool, pools)
+        return [self.left_bytes(pool) for pool in fitting]
+
+    def pools(self) -> list[NodePool]:
+        """Return every pool of every node, by node and name."""
+        now = dt.datetime.now(dt.UTC)
+        return [pool for found in sorted(self._nodes.all(), key=name_of) for pool in _pools_of(found, now)]
+
+    def left_bytes(self, pool: NodePool) -> int:
+        """Return what may still be promised in a pool, in bytes."""
+        if pool.usage is None:
+            return 0
+        return available_bytes(
+            pool.usage,
+            pool=pool.pool,
+            volumes=[volume for volume in promised_volumes(self._volumes.all()) if volume.node == pool.node],
+            snapshots=[one for one in _snapshots(self._snapshots.all()) if one.node == pool.node],
+        )
+
+    def choose(
+        self, requirement: TopologyRequirement | None, *, pool: str, need_bytes: int, node: str | None = None
+    ) -> NodePool:
+        """Choose where a new volume goes: what is preferred first, then where most room is.
+
+        Args:
+            requirement: where the caller wants it.
+            pool: in a pool of this name.
+            need_bytes: its capacity.
+            node: the only one that is possible (that of its source), if so.
+
+        Raises:
+            InvalidArgument: no node has such a pool.
+            ResourceExhausted: none of them is allowed, or none has the room.
+        """
+        pools = self.pools()
+        named = [each for each in pools if each.pool == pool]
+        if not named:
+            raise unknown_pool(pool, pools)
+        allowed = [
+            each
+            for each in named
+            if satisfies(requirement, node_segments(each.node)) and node in {None, each.node}
+        ]
+        if not allowed:
+            raise ResourceExhausted(
+                f"pool {pool!r} is on {', '.join(each.node for each in named)} only, which the request excludes",
+                hint="file pools belong to one node; use volumeBindingMode: WaitForFirstConsumer",
+            )
+        left = {each: self.left_bytes(each) for each in allowed}
+        roomy = [each for each in allowed if left[each] >= need_bytes]
+        if not roomy:
+            most = max(left.values())
+            raise ResourceExhausted(
+                f"{need_bytes} bytes are needed; of pool {pool!r} at most {most} are left on a node that is allowed",
+                hint="delete volumes or snapshots, enlarge the pool's file system, or use another pool",
+            )
+        preferred = requirement.preferred if requirement else ()
+        return min(roomy, key=lambda each: (not each.is_live, _rank(each, preferred), -left[each]))
+
+
+def default_pool(pools: Sequence[NodePool]) -> str | None:
+    """Return the pool for requests that name none: the only one, or the one called "default"."""
+    names = {pool.pool for pool in pools}
+    if len(names) == 1:
+        return next(iter(names))
+    return DEFAULT_POOL if DEFAULT_POOL in names else None
+
+
+def unknown_pool(name: str, pools: Iterable[NodePool]) -> InvalidArgument:
+    """Return the error for a pool that no node has."""
+    known = ", ".join(sorted({pool.pool for pool in pools}))
+    return InvalidArgument(
+        f"parameter pool: {name!r} is not a pool of any node; allowed: {known or 'none yet'}",
+        hint="" if known else "no node has reported its pools: look at `kubectl get vdusenodes`",
+    )
+
+
+def promised_volumes(found: Iterable[Object]) -> list[Volume]:
+    """Return every volume that takes or will take room: also those that their nodes have not begun."""
+    live = [each for each in found if not objects.has_state(each, objects.FAILED, objects.DELETED)]
+    return [objects.volume_from_object(each) or objects.wanted_volume(each) for each in live]
+
+
+def _snapshots(found: Iterable[Object]) -> list[Snapshot]:
+    snapshots = (objects.snapshot_from_object(each) for each in found)
+    return [snapshot for snapshot in snapshots if snapshot is not None]
+
+
+def _rank(pool: NodePool, preferred: Sequence[Segments]) -> int:
+    ranks = [i for i, term in enumerate(preferred) if includes(term, node_segments(pool.node))]
+    return ranks[0] if ranks else len(preferred)
+
+
+def _pools_of(found: Object, now: dt.datetime) -> list[NodePool]:
+    status = found.get("status", {})
+    seen = status.get("lastSeen")
+    age_s = (now - dt.datetime.fromisoformat(seen)).total_seconds() if seen else float("inf")
+    return [
+        NodePool(
+            node=name_of(found),
+            pool=pool["name"],
+            kind=pool["kind"],
+            usage=None
+            if pool.get("problem")
+            else PoolUsage(int(pool["totalBytes"]), int(pool["foreignBytes"]), int(pool["snapshotBytes"])),
+            is_live=bool(status.get("ready")) and age_s < _SILENT_S,
+        )
+        for pool in status.get("pools", [])
+    ]
