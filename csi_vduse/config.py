@@ -41,6 +41,8 @@ class AgentConfig:
         step_timeout_s: bound on one step of attach or detach that can hang in the kernel.
         max_volumes: how many attachments this node takes; 0: computed from what the node has.
         metrics_address: HOST:PORT of the Prometheus endpoint, or None.
+        take_over: take the place of the agent that has the run directory now, and of its workers.
+        ready_file: made when the agent is ready, workers taken over; removed at start; or None.
     """
 
     run_dir: Path = DEFAULT_RUN_DIR
@@ -49,6 +51,8 @@ class AgentConfig:
     step_timeout_s: float = 60.0
     max_volumes: int = 0
     metrics_address: str | None = None
+    take_over: bool = False
+    ready_file: Path | None = None
 
     @property
     def socket_path(self) -> Path:

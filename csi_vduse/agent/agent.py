@@ -13,8 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,15 +23,18 @@ from csi_vduse.agent.attach import (
     attach,
     bounce_bytes_of,
     device_spec,
+    set_capacity,
     set_throttle,
-    start_worker,
 )
+from csi_vduse.agent.attachments import ASK_TIMEOUT_S, Attachments
 from csi_vduse.agent.detach import detach
+from csi_vduse.agent.handover import handover
 from csi_vduse.agent.limits import this_machine, volume_limit
 from csi_vduse.agent.model import (
     Attachment,
     AttachSpec,
     Bus,
+    Handover,
     Inspection,
     Probe,
     State,
@@ -40,15 +42,15 @@ from csi_vduse.agent.model import (
     device_name,
     stats_from_json,
 )
-from csi_vduse.agent.revive import Reviver
-from csi_vduse.agent.workers import Worker, find_worker
-from csi_vduse.dataplane import backend_spec
+from csi_vduse.agent.recover import Recovery
+from csi_vduse.agent.watchdog import Watchdog
+from csi_vduse.dataplane import backend_spec, versions
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     AlreadyExists,
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidArgument,
-    NotFound,
     OutOfRange,
     Pending,
     ResourceExhausted,
@@ -58,9 +60,10 @@ from csi_vduse.errors import (
 
 T = TypeVar("T")
 
-_ASK_TIMEOUT_S = 10.0
 _RESIZE_SEEN_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_STOP_TIMEOUT_S = 20.0
+_SHUTDOWN_MSG_TIMEOUT_S = 1
 _MAX_DEFAULT_QUEUES = 4
 # Longer would keep applications waiting beyond what people take for a hang.
 MAX_HOLD_S = 300.0
@@ -81,43 +84,22 @@ class Agent:
 
     def __init__(self, node: Node, *, exit_code: Callable[[int], int | None]) -> None:
         self._node = node
-        self._exit_code = exit_code
         self._max_volumes = node.config.max_volumes or volume_limit(this_machine(), queues=default_queues())
-        self._attachments: dict[str, Attachment] = {}
-        self._workers: dict[str, Worker] = {}
-        self._busy: set[str] = set()
-        self._broken: set[str] = set()
+        self._volumes = Attachments(node, exit_code=exit_code)
+        self._recovery = Recovery(node, self._volumes, self.detach)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._reviver = Reviver(self._serve_again)
+        self._watchdog: Watchdog | None = None
+        self._refusing = ""
+        self._leaving = False
+        self.left = asyncio.Event()
 
     async def recover(self) -> None:
-        """Take over what earlier agents left: adopt living workers, finish what was half-way."""
-        for attachment in self._node.store.load():
-            volume_id, name = attachment.volume_id, attachment.device_name
-            if not self._node.sysfs.vduse_exists(name):
-                self._node.store.forget(name)
-                continue
-            self._attachments[volume_id] = attachment
-            worker = await find_worker(self._node.store.control_path(name))
-            if worker is not None:
-                self._hold(volume_id, worker)
-            if attachment.state is State.ATTACHED and worker is None:
-                self._reviver.worker_died(volume_id)
-            elif attachment.state is State.ATTACHED and worker is not None:
-                with contextlib.suppress(
-                    VduseError
-                ):  # the last agent may have died between record and worker
-                    await set_throttle(self._node, worker, attachment.spec.throttle)
-            if attachment.state in (State.ATTACHING, State.DETACHING):
-                log.get().warning(
-                    "finishing what an earlier agent began", volume_id=volume_id, state=attachment.state
-                )
-                try:
-                    await self.detach(volume_id)
-                except VduseError as error:
-                    log.get().error(
-                        "detach failed; a later one goes on", volume_id=volume_id, error=str(error)
-                    )
+        """Take over what earlier agents left; see recover.py."""
+        await self._recovery.run()
+
+    def watch(self) -> None:
+        """End workers that do not answer, from now on; see watchdog.py."""
+        self._watchdog = Watchdog(self._volumes)
 
     async def attach(self, spec: AttachSpec) -> Attachment:
         """Attach a volume; returns the existing attachment if it is the one asked for.
@@ -129,13 +111,15 @@ class Agent:
             ResourceExhausted: the node has its maximum of volumes.
             Unavailable: attached, but its worker is dead.
         """
+        if self._refusing:
+            raise Unavailable(f"no volume is attached any more: {self._refusing}")
         spec = spec.with_defaults(queues=default_queues())
         device_spec(spec)  # refuses an impossible geometry
         return await self._finish(self._attach(spec))
 
-    async def detach(self, volume_id: str) -> None:
-        """Detach a volume; fine if it is not attached. See detach.py for what it raises."""
-        await self._finish(self._detach(volume_id))
+    async def detach(self, volume_id: str, *, force: bool = False) -> None:
+        """Detach a volume; fine if it is not attached. See detach.py for what it raises, and for force."""
+        await self._finish(self._detach(volume_id, force=force))
 
     async def resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
         """Tell the driver about a capacity that the backend has already; returns when the disk shows it.
@@ -157,7 +141,7 @@ class Agent:
 
     def attachments(self) -> list[Attachment]:
         """Return every attachment, by volume id."""
-        return [self._current(volume_id) for volume_id in sorted(self._attachments)]
+        return [self._volumes.current(volume_id) for volume_id in sorted(self._volumes.known)]
 
     async def inspect(self, volume_id: str) -> Inspection:
         """Return one attachment with what its worker says.
@@ -165,10 +149,10 @@ class Agent:
         Raises:
             NotFound: not attached.
         """
-        self._require(volume_id)
-        answer = await self._ask(volume_id)
-        self._require(volume_id)  # it may have been detached meanwhile
-        attachment = self._current(volume_id)
+        self._volumes.require(volume_id)
+        answer = await self._volumes.ask(volume_id)
+        self._volumes.require(volume_id)  # it may have been detached meanwhile
+        attachment = self._volumes.current(volume_id)
         if answer is None:
             return Inspection(attachment, None, 0, 0)
         return Inspection(
@@ -184,31 +168,43 @@ class Agent:
         Raises:
             InvalidArgument: hold_s is not above 0 and at most 300.
             Unavailable: the worker is dead.
+            Pending: another operation is under way: its end may give the volume another worker, which holds nothing.
         """
         if not 0 < hold_s <= MAX_HOLD_S:
             raise InvalidArgument(
                 f"cannot hold requests for {hold_s:g} s", hint=f"use up to {MAX_HOLD_S:g} s"
             )
-        worker = self._workers.get(volume_id)
+        if volume_id in self._volumes.busy:
+            raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
+        worker = self._volumes.workers.get(volume_id)
         if worker is not None:
-            await worker.call({"op": "quiesce", "hold_s": hold_s}, timeout_s=hold_s + _ASK_TIMEOUT_S)
-        elif volume_id in self._attachments:
+            await worker.call({"op": "quiesce", "hold_s": hold_s}, timeout_s=hold_s + ASK_TIMEOUT_S)
+        elif volume_id in self._volumes.known:
             raise Unavailable(f"the worker of volume {volume_id} is dead; its image is not a consistent cut")
 
     async def resume(self, volume_id: str) -> None:
         """Take requests again; fine if not attached."""
-        worker = self._workers.get(volume_id)
+        worker = self._volumes.workers.get(volume_id)
         if worker is not None:
-            await worker.call({"op": "resume"}, timeout_s=_ASK_TIMEOUT_S)
+            await worker.call({"op": "resume"}, timeout_s=ASK_TIMEOUT_S)
+
+    async def handover(self, volume_id: str) -> Handover:
+        """Replace the living worker of a volume by a new one; see handover.py.
+
+        Raises:
+            NotFound: not attached.
+            FailedPrecondition, Unavailable, Pending: it cannot be now; the old worker serves as before.
+        """
+        return await self._finish(self._handover(volume_id))
 
     async def stats(self) -> list[VolumeStats]:
         """Return the counters of every living worker."""
-        volume_ids = sorted(self._workers)
-        answers = await asyncio.gather(*(self._ask(volume_id) for volume_id in volume_ids))
+        volume_ids = sorted(self._volumes.workers)
+        answers = await asyncio.gather(*(self._volumes.ask(volume_id) for volume_id in volume_ids))
         return [
-            _stats(self._attachments[volume_id].spec, answer)
+            _stats(self._volumes.known[volume_id].spec, answer)
             for volume_id, answer in zip(volume_ids, answers, strict=True)
-            if answer is not None and volume_id in self._attachments
+            if answer is not None and volume_id in self._volumes.known
         ]
 
     def probe(self) -> Probe:
@@ -223,34 +219,83 @@ class Agent:
         ]
         return Probe(__version__, not problems, tuple(problems), self._max_volumes)
 
+    def workers_of_other_programs(self) -> list[str]:
+        """Volumes whose living worker was not forked from where we were: it can end without ours. Not broken ones."""
+        return sorted(
+            volume_id
+            for volume_id, worker in self._volumes.workers.items()
+            if (worker.hello is None or worker.hello.image != versions.IMAGE)
+            and volume_id not in self._volumes.broken
+        )
+
+    async def leave(self) -> None:
+        """Take no more operations, let those that run end, and tell `left`: another agent takes our place."""
+        self._leaving = True
+        await self._settle_down()
+        self.left.set()
+
+    async def shut_down(self, timeout_s: float) -> dict[str, str]:
+        """Prepare for the node's shutdown: see agent.proto. Returns why each volume is still attached, or "".
+
+        timeout_s: for all detaches together; what is not done by then goes on, and counts as attached.
+        """
+        self._refusing = "the node shuts down"
+        volume_ids = sorted(self._volumes.known)
+        detaching = {
+            volume_id: asyncio.ensure_future(self._finish(self._detach(volume_id, force=False)))
+            for volume_id in volume_ids
+        }
+        for task in detaching.values():
+            task.add_done_callback(self._done)
+        if detaching:
+            await asyncio.wait(detaching.values(), timeout=timeout_s)
+        kept = {}
+        for volume_id, task in detaching.items():
+            error = task.exception() if task.done() else DeadlineExceeded("detaching it takes too long")
+            kept[volume_id] = str(error) if error is not None else ""
+            if error is not None:
+                self._wait_less(volume_id)
+        return kept
+
+    def _wait_less(self, volume_id: str) -> None:
+        """Have the kernel give a device up soon when it asks a worker that is gone: it does for each at shutdown."""
+        with contextlib.suppress(VduseError):
+            self._node.kernel.set_attribute(device_name(volume_id), "msg_timeout", _SHUTDOWN_MSG_TIMEOUT_S)
+
     async def close(self) -> None:
         """Let running operations end, and let go of the workers, which go on serving."""
-        await self._reviver.close()
+        await self._settle_down()
+        for worker in self._volumes.workers.values():
+            worker.close()
+        self._volumes.workers.clear()
+
+    async def _settle_down(self) -> None:
+        self._recovery.close()
+        if self._watchdog is not None:
+            await self._watchdog.close()
+        await self._volumes.reviver.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in self._workers.values():
-            worker.close()
-        self._workers.clear()
 
     async def _attach(self, spec: AttachSpec) -> Attachment:
-        async with self._alone(spec.volume_id):
-            existing = self._attachments.get(spec.volume_id)
+        async with self._volumes.alone(spec.volume_id):
+            existing = self._volumes.known.get(spec.volume_id)
             if existing is not None:
                 return self._same(existing, spec)
-            if len(self._attachments) >= self._max_volumes:
+            if len(self._volumes.known) >= self._max_volumes:
                 raise ResourceExhausted(
                     f"this node has its maximum of {self._max_volumes} volumes attached",
                     hint="raise --max-volumes, or use another node",
                 )
-            self._attachments[spec.volume_id] = Attachment(spec, State.ATTACHING)
+            self._volumes.known[spec.volume_id] = Attachment(spec, State.ATTACHING)
             started = time.monotonic()
             try:
                 attachment, worker = await attach(self._node, spec)
             except BaseException:
-                self._settle(spec)
+                self._volumes.settle(spec)
                 raise
-            self._attachments[spec.volume_id] = attachment
-            self._hold(spec.volume_id, worker)
+            self._volumes.known[spec.volume_id] = attachment
+            self._volumes.hold(spec.volume_id, worker)
             log.get().info(
                 "attached",
                 volume_id=spec.volume_id,
@@ -258,22 +303,15 @@ class Agent:
                 worker_pid=worker.pid,
                 seconds=round(time.monotonic() - started, 3),
             )
-            return attachment
+            return self._volumes.current(spec.volume_id)
 
-    def _settle(self, spec: AttachSpec) -> None:
-        """After a failed attach: forget it, unless its undo failed too, which left a record for detach."""
-        self._attachments.pop(spec.volume_id, None)
-        attachment = self._node.store.find(spec.device_name)
-        if attachment is not None:
-            self._attachments[spec.volume_id] = attachment
-
-    async def _detach(self, volume_id: str) -> None:
-        await self._reviver.stop(volume_id)  # detach gives the volume the worker that it needs
-        async with self._alone(volume_id):
-            attachment = self._attachments.get(volume_id)
+    async def _detach(self, volume_id: str, *, force: bool) -> None:
+        await self._volumes.reviver.stop(volume_id)  # detach gives the volume the worker that it needs
+        async with self._volumes.alone(volume_id):
+            attachment = self._volumes.known.get(volume_id)
             if attachment is None:
                 return
-            worker = self._workers.get(volume_id)
+            worker = self._volumes.workers.get(volume_id)
             if worker is not None:
                 worker.on_exit = None
             try:
@@ -281,60 +319,80 @@ class Agent:
                     self._node,
                     attachment,
                     worker,
-                    adopt=lambda found: self._workers.__setitem__(volume_id, found),
+                    adopt=lambda found: self._volumes.workers.__setitem__(volume_id, found),
+                    force=force,
                 )
             except BaseException:
-                self._after_failed_detach(volume_id)
+                self._volumes.take_stock(volume_id)
                 raise
-            del self._attachments[volume_id]
-            self._workers.pop(volume_id, None)
-            self._broken.discard(volume_id)
-            self._reviver.forget(volume_id)
+            del self._volumes.known[volume_id]
+            self._volumes.workers.pop(volume_id, None)
+            self._volumes.broken.discard(volume_id)
+            self._volumes.reviver.forget(volume_id)
             log.get().info("detached", volume_id=volume_id)
 
-    def _after_failed_detach(self, volume_id: str) -> None:
-        worker = self._workers.pop(volume_id, None)
-        if worker is not None:
-            if worker.alive:
-                self._hold(volume_id, worker)
-            else:
-                worker.close()
-        attachment = self._node.store.find(device_name(volume_id))
-        if attachment is not None:
-            self._attachments[volume_id] = attachment
-            if attachment.state is State.ATTACHED and volume_id not in self._workers:
-                self._reviver.worker_died(volume_id)
-
     async def _resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
-        async with self._alone(volume_id):
-            attachment = self._require(volume_id)
+        async with self._volumes.alone(volume_id):
+            attachment = self._volumes.require(volume_id)
             spec = replace(attachment.spec, capacity_bytes=capacity_bytes)
             device_spec(spec)
             if capacity_bytes < attachment.spec.capacity_bytes:
                 before = attachment.spec.capacity_bytes
                 raise OutOfRange(f"volume {volume_id} of {before} bytes cannot shrink to {capacity_bytes}")
-            worker = self._workers.get(volume_id)
+            worker = self._volumes.workers.get(volume_id)
             if worker is None:
                 raise Unavailable(f"the worker of volume {volume_id} is dead")
-            await worker.call(
-                {"op": "resize", "capacity_bytes": capacity_bytes}, timeout_s=self._node.config.step_timeout_s
-            )
-            attachment = replace(attachment, spec=spec)
-            self._node.store.save(attachment)
-            self._attachments[volume_id] = attachment
-            await self._wait_for_capacity(attachment)
-            return self._current(volume_id)
+            # Recorded first: a worker that knew less than its driver would refuse requests. More does no harm.
+            grown = replace(attachment, spec=spec)
+            self._node.store.save(grown)
+            try:
+                await set_capacity(self._node, worker, capacity_bytes)
+            except FailedPrecondition:  # it refused: the driver has not heard of it
+                self._node.store.save(attachment)
+                raise
+            self._volumes.known[volume_id] = grown
+            await self._wait_for_capacity(grown)
+            return self._volumes.current(volume_id)
 
     async def _throttle(self, volume_id: str, throttle: Throttle) -> Attachment:
-        async with self._alone(volume_id):
-            attachment = self._require(volume_id)
+        async with self._volumes.alone(volume_id):
+            attachment = self._volumes.require(volume_id)
             attachment = replace(attachment, spec=replace(attachment.spec, throttle=throttle))
             self._node.store.save(attachment)
-            self._attachments[volume_id] = attachment
-            worker = self._workers.get(volume_id)
+            self._volumes.known[volume_id] = attachment
+            worker = self._volumes.workers.get(volume_id)
             if worker is not None:
                 await set_throttle(self._node, worker, throttle)
-            return self._current(volume_id)
+            return self._volumes.current(volume_id)
+
+    async def _handover(self, volume_id: str) -> Handover:
+        async with self._volumes.alone(volume_id):
+            attachment, old = self._volumes.require(volume_id), self._volumes.workers.get(volume_id)
+            state = self._volumes.current(volume_id).state
+            if old is None or state is not State.ATTACHED:
+                raise Unavailable(
+                    f"volume {volume_id} is {state}: it has no worker that could hand it over",
+                    hint="a dead worker is replaced by itself",
+                )
+            try:
+                new, pause_s = await handover(self._node, attachment, old)
+            except BaseException:
+                self._volumes.take_stock(volume_id)
+                raise
+            attachment = replace(attachment, worker_pid=new.pid)
+            self._volumes.known[volume_id] = attachment
+            self._volumes.hold(volume_id, new)
+            self._node.store.save(attachment)
+            old.on_exit = None
+            await old.stop(timeout_s=_STOP_TIMEOUT_S)
+            log.get().info(
+                "handed over",
+                volume_id=volume_id,
+                worker_pid=new.pid,
+                old_worker_pid=old.pid,
+                pause_s=round(pause_s, 3),
+            )
+            return Handover(self._volumes.current(volume_id), pause_s)
 
     async def _wait_for_capacity(self, attachment: Attachment) -> None:
         """Wait for the driver, which takes the capacity up a moment after the interrupt."""
@@ -353,7 +411,7 @@ class Agent:
             await asyncio.sleep(_POLL_S)
 
     def _same(self, existing: Attachment, spec: AttachSpec) -> Attachment:
-        current = self._current(existing.volume_id)
+        current = self._volumes.current(existing.volume_id)
         if replace(existing.spec, capacity_bytes=spec.capacity_bytes, throttle=spec.throttle) != spec:
             raise AlreadyExists(
                 f"volume {spec.volume_id} is attached with other settings: {existing.spec}",
@@ -366,95 +424,15 @@ class Agent:
             hint="detach it, then attach it again",
         )
 
-    def _require(self, volume_id: str) -> Attachment:
-        attachment = self._attachments.get(volume_id)
-        if attachment is None:
-            raise NotFound(f"volume {volume_id} is not attached on this node")
-        return attachment
-
-    def _current(self, volume_id: str) -> Attachment:
-        """The attachment with what is known of its worker now."""
-        attachment, worker = self._attachments[volume_id], self._workers.get(volume_id)
-        lives = worker is not None and worker.alive and volume_id not in self._broken
-        if attachment.state is not State.ATTACHED or lives:
-            return replace(attachment, worker_pid=worker.pid if worker is not None else 0)
-        if volume_id in self._broken:
-            return replace(
-                attachment,
-                state=State.BROKEN,
-                state_reason="the kernel gave the device up: detach the volume and attach it again",
-            )
-        code = self._exit_code(attachment.worker_pid)
-        reason = self._reviver.reason(volume_id)
-        how = "" if code is None else f" (killed by signal {-code})" if code < 0 else f" (exit code {code})"
-        return replace(
-            attachment,
-            state=State.WORKER_DEAD,
-            state_reason=f"worker {attachment.worker_pid} is dead{how}; I/O waits. {reason}".rstrip(),
-            worker_pid=0,
-        )
-
-    async def _ask(self, volume_id: str) -> dict[str, Any] | None:
-        worker = self._workers.get(volume_id)
-        if worker is None:
-            return None
-        try:
-            answer = await worker.call({"op": "stats"}, timeout_s=_ASK_TIMEOUT_S)
-        except VduseError as error:
-            log.get().warning("a worker does not answer", volume_id=volume_id, error=str(error))
-            return None
-        if answer.get("broken") and volume_id not in self._broken:
-            self._broken.add(volume_id)
-            log.get().error("the kernel gave a device up", volume_id=volume_id)
-        return answer
-
-    def _hold(self, volume_id: str, worker: Worker) -> None:
-        def ended(dead: Worker) -> None:
-            if self._workers.get(volume_id) is dead:
-                del self._workers[volume_id]
-            dead.close()
-            log.get().error("a worker died; I/O of its volume waits", volume_id=volume_id, pid=dead.pid)
-            self._reviver.worker_died(volume_id)
-
-        self._workers[volume_id] = worker
-        worker.on_exit = ended
-        if not worker.alive:
-            ended(worker)
-
-    async def _serve_again(self, volume_id: str) -> None:
-        """Start another worker for a volume whose worker died; see Reviver."""
-        async with self._alone(volume_id):
-            attachment = self._attachments.get(volume_id)
-            if attachment is None or attachment.state is not State.ATTACHED or volume_id in self._workers:
-                return
-            started = time.monotonic()
-            async with AsyncExitStack() as undo:
-                limits = attachment.spec.throttle
-                worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
-                undo.pop_all()
-            attachment = replace(attachment, worker_pid=worker.pid)
-            self._attachments[volume_id] = attachment
-            self._hold(volume_id, worker)
-            self._node.store.save(attachment)
-            log.get().info(
-                "served again",
-                volume_id=volume_id,
-                worker_pid=worker.pid,
-                seconds=round(time.monotonic() - started, 3),
-            )
-
-    @asynccontextmanager
-    async def _alone(self, volume_id: str) -> AsyncIterator[None]:
-        if volume_id in self._busy:
-            raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
-        self._busy.add(volume_id)
-        try:
-            yield
-        finally:
-            self._busy.discard(volume_id)
-
     async def _finish(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Await an operation; if the caller is cancelled the operation goes on to its end."""
+        """Await an operation; if the caller is cancelled the operation goes on to its end.
+
+        Raises:
+            Unavailable: we are leaving.
+        """
+        if self._leaving:
+            operation.close()
+            raise Unavailable("another agent takes the place of this one", hint="retry in a moment")
         task = asyncio.get_running_loop().create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._done)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import Worker, WorkerSource
 from csi_vduse.config import AgentConfig, check_socket_path
 from csi_vduse.dataplane import backend_spec, inflight, throttle
+from csi_vduse.dataplane.backend_spec import ErrorBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
@@ -100,11 +101,13 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
 
     Raises:
         AlreadyExists: a device of this name exists that is not ours.
+        DataLoss: there is a record of it that cannot be read, for example of a later release.
         InvalidArgument: impossible geometry.
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
     geometry, name = device_spec(spec), spec.device_name
-    check_socket_path(node.store.control_path(name))
+    check_socket_path(node.store.next_control_path(name))
+    node.store.find(name)  # one that we cannot read is not overwritten
     if node.sysfs.vduse_exists(name) or node.sysfs.vdpa_exists(name):
         raise AlreadyExists(
             f"a device named {name!r} exists that this agent did not make",
@@ -162,42 +165,85 @@ async def start_worker(
     *,
     resume: bool = False,
     limits: Throttle = UNLIMITED,
+    failing: bool = False,
 ) -> Worker:
     """Start a worker and hand it the device; it serves when this returns.
 
     limits: hold at once.
     resume: the device has been served before; what that worker had in flight is replayed before anything else.
+    failing: fail every request, the replayed ones too, without the backend.
+
+    """
+    worker = await node.spawner.spawn(node.store.control_path(spec.device_name))
+    undo.push_async_callback(worker.kill)
+    await serve(node, spec, worker, resume=resume, limits=limits, failing=failing)
+    return worker
+
+
+async def prepare(node: Node, spec: AttachSpec, worker: Worker) -> None:
+    """Have an idle worker do what it can of a start while another one serves the device.
+
+    Raises:
+        DataLoss: it will not be able to serve: the in-flight log is not one that it reads.
+    """
+    with _log_of(node, spec) as log_fd:
+        await worker.call(
+            {"op": "prepare", **_start_arguments(node, spec)}, [log_fd], timeout_s=node.config.step_timeout_s
+        )
+
+
+async def serve(
+    node: Node,
+    spec: AttachSpec,
+    worker: Worker,
+    *,
+    resume: bool,
+    limits: Throttle = UNLIMITED,
+    failing: bool = False,
+) -> None:
+    """Hand an idle worker the device, which nobody else has open; see start_worker.
 
     The only other descriptor of the device is ours, and we close it before anything else happens: the kernel
     gives a dead worker's messages to the next one only when the last descriptor is closed.
     """
-    worker = await node.spawner.spawn(node.store.control_path(spec.device_name))
-    undo.push_async_callback(worker.kill)
-    with ExitStack() as descriptors:
+    with _log_of(node, spec) as log_fd, ExitStack() as descriptors:
         device_fd = node.kernel.open(spec.device_name)
         descriptors.callback(os.close, device_fd)
-        log_fd = os.open(node.store.inflight_path(spec.device_name), os.O_RDWR | os.O_CLOEXEC)
-        descriptors.callback(os.close, log_fd)
         await worker.call(
             {
                 "op": "start",
-                "name": spec.device_name,
-                "serial": spec.volume_id,
-                "backend": backend_spec.to_json(spec.backend),
-                "capacity_bytes": spec.capacity_bytes,
-                "read_only": spec.read_only,
-                "queues": spec.queues,
-                "queue_size": spec.queue_size,
-                "block_size_bytes": spec.block_size_bytes,
-                "packed": spec.packed,
+                **_start_arguments(node, spec),
+                **({"backend": backend_spec.to_json(ErrorBackend())} if failing else {}),
                 "throttle": throttle.to_json(limits),
-                "inflight": asdict(_log_identity(node, spec)),
                 "resume": resume,
             },
             [device_fd, log_fd],
             timeout_s=node.config.step_timeout_s,
         )
-    return worker
+
+
+def _start_arguments(node: Node, spec: AttachSpec) -> dict[str, Any]:
+    return {
+        "name": spec.device_name,
+        "serial": spec.volume_id,
+        "backend": backend_spec.to_json(spec.backend),
+        "capacity_bytes": spec.capacity_bytes,
+        "read_only": spec.read_only,
+        "queues": spec.queues,
+        "queue_size": spec.queue_size,
+        "block_size_bytes": spec.block_size_bytes,
+        "packed": spec.packed,
+        "inflight": asdict(_log_identity(node, spec)),
+    }
+
+
+@contextmanager
+def _log_of(node: Node, spec: AttachSpec) -> Iterator[int]:
+    fd = os.open(node.store.inflight_path(spec.device_name), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 async def set_throttle(node: Node, worker: Worker, limits: Throttle) -> None:
@@ -206,16 +252,27 @@ async def set_throttle(node: Node, worker: Worker, limits: Throttle) -> None:
     await worker.call(message, timeout_s=node.config.step_timeout_s)
 
 
+async def set_capacity(node: Node, worker: Worker, capacity_bytes: int) -> None:
+    """Have a worker tell its driver about a capacity; FailedPrecondition if the backend has less."""
+    message = {"op": "resize", "capacity_bytes": capacity_bytes}
+    await worker.call(message, timeout_s=node.config.step_timeout_s)
+
+
 def _log_identity(node: Node, spec: AttachSpec) -> LogIdentity:
     folder = node.sysfs.vduse_dir(spec.device_name)
     return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size)
 
 
-def _tune(node: Node, spec: AttachSpec) -> None:
+def set_msg_timeout(node: Node, spec: AttachSpec) -> None:
+    """Tell the kernel how long it waits for a worker's answer before it gives the device up."""
     virtio = spec.bus is Bus.VIRTIO
     timeout_s = node.config.msg_timeout_s if virtio else node.config.vhost_msg_timeout_s
     node.kernel.set_attribute(spec.device_name, "msg_timeout", timeout_s)
-    if virtio:
+
+
+def _tune(node: Node, spec: AttachSpec) -> None:
+    set_msg_timeout(node, spec)
+    if spec.bus is Bus.VIRTIO:
         node.kernel.set_attribute(spec.device_name, "bounce_size", bounce_bytes_of(spec))
 
 

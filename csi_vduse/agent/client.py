@@ -9,7 +9,7 @@ from typing import TypeVar
 import grpc
 
 from csi_vduse.agent import wire
-from csi_vduse.agent.model import Attachment, AttachSpec, Inspection, Probe, VolumeStats
+from csi_vduse.agent.model import Attachment, AttachSpec, Handover, Inspection, Probe, VolumeStats
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import Unavailable, VduseError
 from csi_vduse.proto import agent_pb2, agent_pb2_grpc
@@ -47,9 +47,9 @@ class AgentClient:
         answer = await self._call(self._stub.Attach(wire.spec_to_wire(spec), timeout=_ACT_TIMEOUT_S))
         return wire.attachment_from_wire(answer)
 
-    async def detach(self, volume_id: str) -> None:
-        """Detach a volume; fine if it is not attached. FailedPrecondition while it is in use."""
-        request = agent_pb2.DetachRequest(volume_id=volume_id)
+    async def detach(self, volume_id: str, *, force: bool = False) -> None:
+        """Detach a volume; fine if it is not attached. FailedPrecondition while it is in use, but by force."""
+        request = agent_pb2.DetachRequest(volume_id=volume_id, force=force)
         await self._call(self._stub.Detach(request, timeout=_ACT_TIMEOUT_S))
 
     async def resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
@@ -88,6 +88,23 @@ class AgentClient:
         """Take requests again; fine if not attached."""
         request = agent_pb2.ResumeRequest(volume_id=volume_id)
         await self._call(self._stub.Resume(request, timeout=_ASK_TIMEOUT_S))
+
+    async def handover(self, volume_id: str) -> Handover:
+        """Replace the worker of a volume by a new one; the old one goes on if that fails."""
+        request = agent_pb2.HandoverRequest(volume_id=volume_id)
+        answer = await self._call(self._stub.Handover(request, timeout=_ACT_TIMEOUT_S))
+        return Handover(wire.attachment_from_wire(answer.attachment), answer.pause_s)
+
+    async def leave(self) -> str:
+        """Have the agent end its operations and leave, for another to take its place; return its version."""
+        answer = await self._call(self._stub.Leave(agent_pb2.LeaveRequest(), timeout=_ACT_TIMEOUT_S))
+        return answer.version
+
+    async def shutdown(self, timeout_s: float) -> dict[str, str]:
+        """Prepare for the node's shutdown; return why each volume is still attached, empty if it is not."""
+        request = agent_pb2.ShutdownRequest(timeout_s=timeout_s)
+        answer = await self._call(self._stub.Shutdown(request, timeout=timeout_s + _ASK_TIMEOUT_S))
+        return {each.volume_id: each.kept for each in answer.volumes}
 
     async def stats(self) -> list[VolumeStats]:  # type: ignore[valid-type]  # `list` is a method here
         """Return the counters of all workers."""

@@ -5,11 +5,15 @@ Kept true:
   cannot be interrupted. A dead worker is replaced first, and one that dies meanwhile too.
 - Every step is fine if it was done before, so a detach that failed or was killed is finished by the next one.
 - While a disk is being removed we hold it exclusively: nobody mounts it between the look and the act.
+- By force, a device that has users goes too, and its backend is not waited for: another worker fails everything that
+  waits, and what comes after it, so that the kernel can let the disk go. Whether forced is recorded first: a next
+  agent goes on in the same way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import time
@@ -17,12 +21,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
+from csi_vduse import log
 from csi_vduse.agent.attach import Node, set_throttle, start_worker, while_served
 from csi_vduse.agent.bounded import bounded
 from csi_vduse.agent.model import Attachment, Bus, State
 from csi_vduse.agent.workers import Worker
 from csi_vduse.dataplane.throttle import UNLIMITED
-from csi_vduse.errors import FailedPrecondition
+from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, VduseError
 
 # udev and the like open a disk for a moment after every change.
 _OPENERS_GRACE_S = 5.0
@@ -31,27 +36,42 @@ _STOP_TIMEOUT_S = 20.0
 
 
 async def detach(
-    node: Node, attachment: Attachment, worker: Worker | None, *, adopt: Callable[[Worker], None]
+    node: Node,
+    attachment: Attachment,
+    worker: Worker | None,
+    *,
+    adopt: Callable[[Worker], None],
+    force: bool = False,
 ) -> None:
     """Remove an attachment from this node.
 
     worker: the living worker, or None.
     adopt: called with a worker that had to be started; its caller owns it if this fails.
+    force: fail what waits, and take the disk away even from those who use it.
 
     Raises:
         FailedPrecondition: the device is in use.
         DeadlineExceeded: a step hung; calling again continues.
     """
     name = attachment.device_name
+    attachment = replace(attachment, forced=attachment.forced or force)
 
     async def replacement() -> Worker:
         async with AsyncExitStack() as undo:
-            started = await start_worker(node, attachment.spec, undo, resume=True)
+            started = await start_worker(node, attachment.spec, undo, resume=True, failing=attachment.forced)
             undo.pop_all()
         adopt(started)
         return started
 
-    if node.sysfs.driver(name) is not None:
+    if attachment.forced and node.sysfs.driver(name) is not None:
+        if attachment.spec.bus is Bus.VHOST:
+            await _refuse_if_used(node, attachment)  # vhost_vdpa waits for who has it open, whatever we do
+        node.store.save(replace(attachment, state=State.DETACHING, state_reason="by force"))
+        if worker is not None:
+            await _end(worker)
+        worker = await replacement()
+        log.get().warning("a volume is detached by force: its requests fail", volume_id=attachment.volume_id)
+    elif node.sysfs.driver(name) is not None:
         if worker is None or not worker.alive:
             # What the dead one left is finished first: who has the disk open may only wait for that.
             worker = await replacement()
@@ -73,6 +93,16 @@ async def detach(
         await worker.stop(timeout_s=_STOP_TIMEOUT_S)
     await node.kernel.destroy(name)
     node.store.forget(name)
+
+
+async def _end(worker: Worker) -> None:
+    """End a worker whose backend may hang; what it must do is to close the device."""
+    with contextlib.suppress(VduseError):
+        await worker.call({"op": "release", "abandon": True}, timeout_s=_STOP_TIMEOUT_S)
+    try:
+        await worker.kill()
+    except DeadlineExceeded as error:
+        log.get().error("a worker is left behind, stuck in the kernel", pid=worker.pid, error=str(error))
 
 
 async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
@@ -102,7 +132,7 @@ async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
 @asynccontextmanager
 async def _claimed(node: Node, attachment: Attachment) -> AsyncIterator[None]:
     device = node.sysfs.find_disk(attachment.device_name) if attachment.spec.bus is Bus.VIRTIO else None
-    if device is None or not device.path.exists():
+    if attachment.forced or device is None or not device.path.exists():
         yield
         return
     fd = await bounded(

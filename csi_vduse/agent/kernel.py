@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from typing import Protocol
 
+from csi_vduse.agent.bounded import bounded
 from csi_vduse.dataplane import device
 from csi_vduse.dataplane.device import DeviceSpec
+
+_IOCTL_GRACE_S = 5.0
 
 
 class Kernel(Protocol):
@@ -37,7 +40,12 @@ class VduseKernel:
 
     async def destroy(self, name: str) -> None:
         """See Kernel. In a thread: it retries while the kernel is still letting go of the device."""
-        await asyncio.to_thread(device.destroy_device, name, timeout_s=self._destroy_timeout_s)
+        await bounded(
+            f"destroying VDUSE device {name}",
+            functools.partial(device.destroy_device, name, timeout_s=self._destroy_timeout_s),
+            timeout_s=self._destroy_timeout_s + _IOCTL_GRACE_S,
+            undo=lambda _: None,
+        )
 
     def open(self, name: str) -> int:
         """See Kernel."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.dataplane import backend_spec, throttle
-from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument
 from csi_vduse.vdpa.model import Bus, BusDevice
@@ -24,6 +24,7 @@ __all__ = [
     "Attachment",
     "Bus",
     "BusDevice",
+    "Handover",
     "Inspection",
     "OperationStats",
     "Probe",
@@ -45,7 +46,8 @@ class State(StrEnum):
     ATTACHING = "attaching"
     ATTACHED = "attached"
     DETACHING = "detaching"
-    WORKER_DEAD = "worker_dead"
+    WORKER_DEAD = "worker_dead"  # I/O waits; another one is being started
+    STALLED = "stalled"  # the same, and starting one has not helped for long, or cannot help
     BROKEN = "broken"
 
 
@@ -121,6 +123,8 @@ class Attachment:
         state_reason: why, when the state is not the normal one.
         device: what users open; None until bound.
         worker_pid: 0 for none.
+        worker_version: release of the worker's program, empty if unknown; not of the record.
+        forced: it is being detached by force: what waits for it fails.
     """
 
     spec: AttachSpec
@@ -128,6 +132,8 @@ class Attachment:
     state_reason: str = ""
     device: BusDevice | None = None
     worker_pid: int = 0
+    worker_version: str = ""
+    forced: bool = False
 
     @property
     def volume_id(self) -> str:
@@ -189,6 +195,14 @@ class Inspection:
 
 
 @dataclass(frozen=True)
+class Handover:
+    """A volume that has another worker now; pause_s: how long none served it."""
+
+    attachment: Attachment
+    pause_s: float
+
+
+@dataclass(frozen=True)
 class Probe:
     """Whether the agent can work, and what keeps it from that."""
 
@@ -215,6 +229,7 @@ def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
         "state": attachment.state.value,
         "state_reason": attachment.state_reason,
         "worker_pid": attachment.worker_pid,
+        "forced": attachment.forced,
         "device": {"path": str(device.path), "major": device.major, "minor": device.minor}
         if device
         else None,
@@ -232,7 +247,7 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
         return Attachment(
             spec=AttachSpec(
                 volume_id=value["volume_id"],
-                backend=backend_spec.from_json(value["backend"]),
+                backend=_backend_from_json(value["backend"]),
                 capacity_bytes=value["capacity_bytes"],
                 bus=Bus(value["bus"]),
                 read_only=value["read_only"],
@@ -246,9 +261,17 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
             state_reason=value["state_reason"],
             device=BusDevice(Path(device["path"]), device["major"], device["minor"]) if device else None,
             worker_pid=value["worker_pid"],
+            forced=value.get("forced", False),
         )
     except (KeyError, TypeError, ValueError, InvalidArgument) as error:
         raise DataLoss(f"attachment record is damaged: {error}") from error
+
+
+def _backend_from_json(value: dict[str, Any]) -> BackendSpec:
+    backend = backend_spec.from_json(value)
+    if isinstance(backend, ErrorBackend):
+        raise InvalidArgument("no attachment has the backend that fails everything")
+    return backend
 
 
 def stats_from_json(volume_id: str, backend: str, value: dict[str, Any], *, bounce_bytes: int) -> VolumeStats:

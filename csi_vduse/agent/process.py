@@ -1,19 +1,17 @@
 """The agent's process: puts the parts together, serves until told to stop, leaves the workers serving.
 
-Kept true: one agent per run directory (a lock on it that the kernel drops with the process); whoever starts the
+Kept true: one agent per run directory (takeover.py); whoever starts the
 agent hears that it is ready only when earlier attachments are taken over and the socket answers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 from csi_vduse import log
@@ -24,6 +22,7 @@ from csi_vduse.agent.kernel import VduseKernel
 from csi_vduse.agent.model import VolumeStats, device_name
 from csi_vduse.agent.server import start_server
 from csi_vduse.agent.store import Store
+from csi_vduse.agent.takeover import hand_over_workers, only_agent
 from csi_vduse.agent.workers import SpawnerClient
 from csi_vduse.config import AgentConfig, check_socket_path
 from csi_vduse.errors import FailedPrecondition, VduseError
@@ -61,7 +60,9 @@ async def _serve(config: AgentConfig, spawner_socket: socket.socket, companion: 
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         _make_run_dir(config.run_dir)
-        stack.enter_context(_only_agent(config.run_dir))
+        if config.ready_file is not None:
+            config.ready_file.unlink(missing_ok=True)
+        await stack.enter_async_context(only_agent(config))
         spawner = SpawnerClient(spawner_socket, stop.set)
         stack.push_async_callback(spawner.close)
         netlink = NetlinkHelper(config.run_dir)
@@ -80,6 +81,7 @@ async def _serve(config: AgentConfig, spawner_socket: socket.socket, companion: 
         agent = Agent(node, exit_code=spawner.exit_code)
         stack.push_async_callback(agent.close)
         await agent.recover()
+        agent.watch()
         server = await start_server(agent, config.socket_path)
         stack.push_async_callback(server.stop, _GRACE_S)
         if config.metrics_address is not None:
@@ -89,9 +91,33 @@ async def _serve(config: AgentConfig, spawner_socket: socket.socket, companion: 
             stack.push_async_callback(client.close)
             await stack.enter_async_context(companion(client))
         spawner.report_ready()
-        log.get().info("ready", socket=str(config.socket_path), problems=list(agent.probe().problems))
-        await stop.wait()
-        log.get().info("stopping; workers go on serving")
+        getting_ready = asyncio.create_task(_get_ready(config, agent))
+        stack.callback(getting_ready.cancel)
+        if await _first(stop, agent.left) is agent.left:
+            spawner.report_leaving()
+            log.get().info("leaving to another agent; workers go on serving")
+        else:
+            log.get().info("stopping; workers go on serving")
+
+
+async def _get_ready(config: AgentConfig, agent: Agent) -> None:
+    """Take over what has to be, and tell that we are ready."""
+    if config.take_over and (left := await hand_over_workers(agent)):
+        log.get().error(
+            "these volumes keep the other agent's workers; when those end they are revived", volumes=left
+        )
+    if config.ready_file is not None:
+        config.ready_file.touch()
+    log.get().info("ready", socket=str(config.socket_path), problems=list(agent.probe().problems))
+
+
+async def _first(*events: asyncio.Event) -> asyncio.Event:
+    """Wait for any of some events; return the first of those that are set."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    return next(event for event in events if event.is_set())
 
 
 async def _warm_up(netlink: NetlinkHelper) -> None:
@@ -104,26 +130,11 @@ async def _warm_up(netlink: NetlinkHelper) -> None:
 
 def _make_run_dir(run_dir: Path) -> None:
     # Workers listen below it; this one's name is as long as those of volumes that CSI made.
-    check_socket_path(Store(run_dir / "volumes").control_path(device_name("")))
+    check_socket_path(Store(run_dir / "volumes").next_control_path(device_name("")))
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise FailedPrecondition(f"run directory {run_dir} cannot be made: {error.strerror}") from error
-
-
-@contextmanager
-def _only_agent(run_dir: Path) -> Iterator[None]:
-    fd = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FailedPrecondition(
-                f"another agent uses the run directory {run_dir}", hint="stop it, or choose another directory"
-            ) from None
-        yield
-    finally:
-        os.close(fd)
 
 
 def _serve_metrics(address: str, agent: Agent) -> Callable[[], None]:

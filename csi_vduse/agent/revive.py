@@ -1,6 +1,7 @@
 """Giving volumes whose worker died another one: at once the first time, ever more slowly if that does not help.
 
 Kept true: I/O of such a volume waits and never fails, however long it takes; and people can read what it waits for.
+A worker that dies again at once, even before anybody could see that it served, is missed no less than the first.
 A log that does not fit is not tried again: only people can decide what to do then.
 """
 
@@ -15,8 +16,8 @@ from csi_vduse.errors import DataLoss, DeviceBroken, Pending, VduseError
 
 # Seconds before the first, second ... attempt of a run of deaths; the last one repeats.
 DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-# A worker that has lived this long ends the run.
-_CALM_S = 60.0
+# A worker that has served for so long ends the run: what it died of was not its start or what it had to replay.
+CALM_S = 10.0
 _BUSY_POLL_S = 0.05
 
 
@@ -32,29 +33,35 @@ class Reviver:
         self._start = start
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._deaths: dict[str, int] = {}
-        self._last_death: dict[str, float] = {}
+        self._serves_since: dict[str, float] = {}
+        self._died_again: set[str] = set()
         self._reasons: dict[str, str] = {}
+        self._hopeless: set[str] = set()
 
     def worker_died(self, volume_id: str) -> None:
         """Begin to look for another worker, unless somebody does already."""
         if volume_id in self._tasks:
+            self._died_again.add(
+                volume_id
+            )  # the worker that was just found, while its finder has not ended yet
             return
-        now = time.monotonic()
-        if now - self._last_death.get(volume_id, -_CALM_S) >= _CALM_S:
+        if time.monotonic() - self._serves_since.get(volume_id, -CALM_S) >= CALM_S:
             self._deaths[volume_id] = 0
-        self._last_death[volume_id] = now
-        task = asyncio.get_running_loop().create_task(self._revive(volume_id))
-        self._tasks[volume_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(volume_id, None))
+        self._tasks[volume_id] = asyncio.get_running_loop().create_task(self._revive(volume_id))
 
     def reason(self, volume_id: str) -> str:
         """Return what keeps a volume without a worker, for people."""
         return self._reasons.get(volume_id, "")
 
+    def stalled(self, volume_id: str) -> bool:
+        """Whether a volume has no worker although everything short of the longest pause was tried, or none can help."""
+        return volume_id in self._hopeless or self._deaths.get(volume_id, 0) >= len(DELAYS_S)
+
     def forget(self, volume_id: str) -> None:
         """Forget a volume that is no longer attached."""
-        for known in (self._deaths, self._last_death, self._reasons):
+        for known in (self._deaths, self._serves_since, self._reasons):
             known.pop(volume_id, None)
+        self._hopeless.discard(volume_id)
 
     async def stop(self, volume_id: str) -> None:
         """Stop looking for a worker for one volume; what was begun is undone."""
@@ -69,27 +76,39 @@ class Reviver:
             await self.stop(volume_id)
 
     async def _revive(self, volume_id: str) -> None:
-        while True:
-            attempt = self._deaths.get(volume_id, 0)
-            self._deaths[volume_id] = attempt + 1
-            await asyncio.sleep(DELAYS_S[min(attempt, len(DELAYS_S) - 1)])
-            try:
-                await self._start_when_free(volume_id)
-            except (DataLoss, DeviceBroken) as error:
-                self._reasons[volume_id] = str(error)
-                log.get().error("a volume cannot be served again", volume_id=volume_id, error=str(error))
-                return
-            except VduseError as error:
-                self._reasons[volume_id] = str(error)
-                log.get().warning(
-                    "no worker for a volume yet; its I/O waits",
-                    volume_id=volume_id,
-                    attempt=attempt + 1,
-                    error=str(error),
-                )
-            else:
-                self._reasons.pop(volume_id, None)
-                return
+        try:
+            while True:
+                self._died_again.discard(volume_id)
+                if await self._attempt(volume_id) and volume_id not in self._died_again:
+                    return
+        finally:
+            self._tasks.pop(volume_id, None)
+
+    async def _attempt(self, volume_id: str) -> bool:
+        """Try once, after the pause that is due; returns whether that is all that can be done."""
+        self._hopeless.discard(volume_id)
+        attempt = self._deaths.get(volume_id, 0)
+        self._deaths[volume_id] = attempt + 1
+        await asyncio.sleep(DELAYS_S[min(attempt, len(DELAYS_S) - 1)])
+        try:
+            await self._start_when_free(volume_id)
+        except (DataLoss, DeviceBroken) as error:
+            self._reasons[volume_id] = str(error)
+            self._hopeless.add(volume_id)
+            log.get().error("a volume cannot be served again", volume_id=volume_id, error=str(error))
+        except VduseError as error:
+            self._reasons[volume_id] = str(error)
+            log.get().warning(
+                "no worker for a volume yet; its I/O waits",
+                volume_id=volume_id,
+                attempt=attempt + 1,
+                error=str(error),
+            )
+            return False
+        else:
+            self._reasons.pop(volume_id, None)
+            self._serves_since[volume_id] = time.monotonic()
+        return True
 
     async def _start_when_free(self, volume_id: str) -> None:
         while True:

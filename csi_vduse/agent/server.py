@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import structlog
 
-from csi_vduse import log
+from csi_vduse import __version__, log
 from csi_vduse.agent import wire
 from csi_vduse.agent.agent import Agent
 from csi_vduse.config import check_socket_path
@@ -44,7 +44,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
         """See agent.proto."""
 
         async def act() -> agent_pb2.DetachResponse:
-            await self._agent.detach(request.volume_id)
+            await self._agent.detach(request.volume_id, force=request.force)
             return agent_pb2.DetachResponse()
 
         return await _answer("Detach", request.volume_id, context, act)
@@ -110,6 +110,43 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
             return agent_pb2.ResumeResponse()
 
         return await _answer("Resume", request.volume_id, context, act)
+
+    async def Handover(
+        self, request: agent_pb2.HandoverRequest, context: Context
+    ) -> agent_pb2.HandoverResponse:
+        """See agent.proto."""
+
+        async def act() -> agent_pb2.HandoverResponse:
+            done = await self._agent.handover(request.volume_id)
+            return agent_pb2.HandoverResponse(
+                attachment=wire.attachment_to_wire(done.attachment), pause_s=done.pause_s
+            )
+
+        return await _answer("Handover", request.volume_id, context, act)
+
+    async def Leave(self, request: agent_pb2.LeaveRequest, context: Context) -> agent_pb2.LeaveResponse:
+        """See agent.proto."""
+        del request
+
+        async def act() -> agent_pb2.LeaveResponse:
+            await self._agent.leave()
+            return agent_pb2.LeaveResponse(version=__version__)
+
+        return await _answer("Leave", "", context, act)
+
+    async def Shutdown(
+        self, request: agent_pb2.ShutdownRequest, context: Context
+    ) -> agent_pb2.ShutdownResponse:
+        """See agent.proto."""
+
+        async def act() -> agent_pb2.ShutdownResponse:
+            kept = await self._agent.shut_down(request.timeout_s)
+            outcomes = [
+                agent_pb2.ShutdownOutcome(volume_id=volume_id, kept=why) for volume_id, why in kept.items()
+            ]
+            return agent_pb2.ShutdownResponse(volumes=outcomes)
+
+        return await _answer("Shutdown", "", context, act)
 
     async def GetStats(
         self, request: agent_pb2.GetStatsRequest, context: Context

@@ -9,10 +9,14 @@ Kept true:
   workers go on serving. SIGTERM ends the agent and this process and leaves the workers serving, for the next
   start to adopt.
 - An agent that ends before it has reported itself ready has a problem that a restart cannot mend: its exit
-  code becomes ours.
+  code becomes ours, unless workers of ours live, which may end with us: then it is tried again.
+- An agent that leaves to another one is not started again; this process ends with its last worker.
+- SIGHUP executes the program anew in this process, which keeps its number and its children: so an upgrade in place
+  reaches what later workers are forked from.
 
 Between spawner and agent: channel.py packets over a socket pair. Requests: {"op": "spawn", "listen_path": P}
-→ {"ok": true, "pid": N} with two descriptors, control socket and pidfd; {"op": "ready"}, without answer.
+→ {"ok": true, "pid": N} with two descriptors, control socket and pidfd; {"op": "ready"} and {"op": "leaving"}, without
+answer.
 Unasked, to the agent: {"op": "exited", "pid": N, "code": C}.
 """
 
@@ -45,6 +49,7 @@ _AGENT_STOP_S = 30.0
 _SEND_TIMEOUT_S = 5.0
 _EXIT_CRASHED = 70  # EX_SOFTWARE, sysexits.h
 _FIRST_PRIVATE_FD = 3
+_WORKERS_VARIABLE = "CSI_VDUSE_SPAWNED_WORKERS"
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ class _Spawner:
         self._agent_started = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._restart_at = 0.0
-        self._workers: set[int] = set()
+        # Those of the program that was here before SIGHUP are children of ours too.
+        self._workers = {int(pid) for pid in os.environ.pop(_WORKERS_VARIABLE, "").split()}
+        self._leaving = False
+        self._reload = False
         self._stop_deadline: float | None = None
         self._exit_code: int | None = None
         self._log = log.get()
@@ -103,6 +111,7 @@ class _Spawner:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, self._on_reload)
         self._selector.register(wake, selectors.EVENT_READ)
         gc.freeze()  # what exists now stays in pages shared with every child
         self._keep_agent()
@@ -123,11 +132,21 @@ class _Spawner:
             if self._agent_pid:
                 os.kill(self._agent_pid, signal.SIGTERM)
 
+    def _on_reload(self, _number: int, _frame: FrameType | None) -> None:
+        self._reload = True
+        if self._agent_pid:
+            os.kill(self._agent_pid, signal.SIGTERM)
+
+    def _execute_anew(self) -> None:
+        self._log.info("executing the program anew", workers=len(self._workers))
+        os.environ[_WORKERS_VARIABLE] = " ".join(str(pid) for pid in sorted(self._workers))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+
     def _pause(self) -> float | None:
         now = time.monotonic()
         if self._stop_deadline is not None:
             return max(0.0, self._stop_deadline - now)
-        if not self._agent_pid:
+        if not self._agent_pid and not self._leaving:
             return max(0.0, self._restart_at - now)
         return None
 
@@ -141,7 +160,13 @@ class _Spawner:
             elif now >= self._stop_deadline:
                 os.kill(self._agent_pid, signal.SIGKILL)
                 self._stop_deadline = now + _AGENT_STOP_S
-        elif not self._agent_pid and now >= self._restart_at:
+        elif self._agent_pid:
+            return
+        elif self._leaving:
+            self._exit_code = None if self._workers else 0
+        elif self._reload:
+            self._execute_anew()
+        elif now >= self._restart_at:
             self._start_agent()
 
     def _start_agent(self) -> None:
@@ -167,8 +192,9 @@ class _Spawner:
             return
         for fd in fds:
             os.close(fd)
-        if request.get("op") == "ready":
+        if request.get("op") in {"ready", "leaving"}:
             self._agent_ready = True
+            self._leaving = request["op"] == "leaving"
             return
         try:
             self._spawn(agent, request)
@@ -209,10 +235,14 @@ class _Spawner:
 
     def _agent_ended(self, code: int) -> None:
         self._agent_pid = 0
-        self._drop_agent_socket()
-        if self._stop_deadline is not None:
+        while self._agent_socket is not None:
+            self._serve_agent()  # its last words, up to the end of the channel
+        if self._stop_deadline is not None or self._reload:
             return
-        if not self._agent_ready:
+        if self._leaving:
+            self._log.info("the agent left to another one", workers=len(self._workers))
+            return
+        if not self._agent_ready and not self._workers:
             self._log.error("the agent could not start", code=code)
             self._exit_code = code if code > 0 else _EXIT_CRASHED
             return
@@ -233,7 +263,7 @@ def _become(main: Callable[[], int], *, keep: int, new_session: bool) -> None:
     code = _EXIT_CRASHED
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if new_session:
             os.setsid()  # a Ctrl-C at the terminal is not for workers

@@ -1,6 +1,7 @@
 """Where the agent keeps what it knows of its attachments: RUN_DIR/volumes/DEVICE/, on tmpfs.
 
 A directory per attachment: record.json (written before acts), control.sock (the worker listens there),
+next.control.sock (until it serves, the worker of a handover listens there),
 inflight.log (what it has in flight, for the worker that comes after it). tmpfs, because everything in it is
 about this boot: devices and workers do not survive one either.
 """
@@ -11,12 +12,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from csi_vduse import log, records
+from csi_vduse import records
 from csi_vduse.agent.model import Attachment, attachment_from_json, attachment_to_json
-from csi_vduse.errors import DataLoss
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RECORD = "record.json"
 _CONTROL = "control.sock"
+_NEXT_CONTROL = "next.control.sock"
 _INFLIGHT = "inflight.log"
 
 
@@ -34,15 +36,18 @@ class Store:
         """Where the worker of a device listens."""
         return self.directory / device_name / _CONTROL
 
+    def next_control_path(self, device_name: str) -> Path:
+        """Where the new worker of a handover listens before it takes the old one's place."""
+        return self.directory / device_name / _NEXT_CONTROL
+
     def inflight_path(self, device_name: str) -> Path:
         """Where the in-flight log of a device is."""
         return self.directory / device_name / _INFLIGHT
 
     def save(self, attachment: Attachment) -> None:
         """Write the attachment's record."""
-        records.write_record(
-            self.directory / attachment.device_name / _RECORD, attachment_to_json(attachment)
-        )
+        record = {"boot_id": _boot_id(), **attachment_to_json(attachment)}
+        records.write_record(self.directory / attachment.device_name / _RECORD, record)
 
     def forget(self, device_name: str) -> None:
         """Remove everything that is kept about a device, the record last; fine if there is nothing."""
@@ -64,19 +69,15 @@ class Store:
         record = records.read_record(self.directory / device_name / _RECORD)
         return attachment_from_json(record) if record is not None else None
 
-    def load(self) -> list[Attachment]:
-        """Return what earlier agents left; a directory without record is removed, a bad record logged."""
-        found = []
-        if not self.directory.is_dir():
-            return []
-        for directory in sorted(self.directory.iterdir()):
-            try:
-                attachment = self.find(directory.name)
-            except DataLoss as error:
-                log.get().error("attachment record ignored", path=str(directory), error=str(error))
-                continue
-            if attachment is not None:
-                found.append(attachment)
-            else:
-                self.forget(directory.name)  # killed before the record was written, or after it was removed
-        return found
+    def is_of_this_boot(self, device_name: str) -> bool:
+        """Whether the record of a device was written in this boot, or does not say; DataLoss as `find`."""
+        record = records.read_record(self.directory / device_name / _RECORD)
+        return record is None or record.get("boot_id", _boot_id()) == _boot_id()
+
+    def names(self) -> list[str]:
+        """Names of all devices about which anything is kept."""
+        return sorted(entry.name for entry in self.directory.iterdir()) if self.directory.is_dir() else []
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()

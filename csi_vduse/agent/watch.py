@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from csi_vduse.dataplane import channel
-from csi_vduse.errors import Unavailable
+from csi_vduse.errors import DeadlineExceeded, Unavailable
 
 
 async def wait_readable(fd: int) -> None:
@@ -104,11 +104,17 @@ def connect(path: str) -> tuple[socket.socket, int]:
 
     Raises:
         Unavailable: nobody listens.
+        DeadlineExceeded: somebody listens and has not accepted connections for long: he is stopped, or stuck.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
+        sock.settimeout(0)  # with a full backlog the event loop would wait for whoever does not accept
         sock.connect(path)
+        sock.settimeout(None)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    except BlockingIOError as error:
+        sock.close()
+        raise DeadlineExceeded(f"the worker that listens on {path} accepts no connections") from error
     except OSError as error:
         sock.close()
         raise Unavailable(f"no worker listens on {path}: {error.strerror}") from error

@@ -35,6 +35,7 @@ _STATE_TO_WIRE = {
     State.DETACHING: agent_pb2.STATE_DETACHING,
     State.WORKER_DEAD: agent_pb2.STATE_WORKER_DEAD,
     State.BROKEN: agent_pb2.STATE_BROKEN,
+    State.STALLED: agent_pb2.STATE_STALLED,
 }
 _STATE_FROM_WIRE = {wire: state for state, wire in _STATE_TO_WIRE.items()}
 
@@ -138,6 +139,7 @@ def attachment_to_wire(attachment: Attachment) -> agent_pb2.Attachment:
         packed=spec.packed,
         throttle=throttle_to_wire(spec.throttle),
         worker_pid=attachment.worker_pid,
+        worker_version=attachment.worker_version,
     )
 
 
@@ -156,10 +158,11 @@ def attachment_from_wire(message: agent_pb2.Attachment) -> Attachment:
             packed=message.packed,
             throttle=throttle_from_wire(message.throttle),
         ),
-        state=_STATE_FROM_WIRE[message.state],
+        state=_STATE_FROM_WIRE.get(message.state, State.WORKER_DEAD),  # a later release may have more of them
         state_reason=message.state_reason,
         device=BusDevice(Path(message.path), message.major, message.minor) if message.path else None,
         worker_pid=message.worker_pid,
+        worker_version=message.worker_version,
     )
 
 

@@ -17,7 +17,8 @@ from typing import Protocol
 
 from csi_vduse import log
 from csi_vduse.agent.watch import ProcessWatch, call, connect, wait_readable
-from csi_vduse.dataplane import channel
+from csi_vduse.dataplane import channel, versions
+from csi_vduse.dataplane.versions import Hello, hello_from_json
 from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Unavailable, VduseError
 
 _PING_TIMEOUT_S = 10.0
@@ -32,10 +33,14 @@ class Worker:
         pidfd: owned by this object.
         control: connected control socket, owned by this object.
         listen_path: where it accepts further control connections.
+        hello: what it said of itself, or None if it has not answered.
     """
 
-    def __init__(self, pid: int, pidfd: int, control: socket.socket, listen_path: str) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, control: socket.socket, listen_path: str, hello: Hello | None = None
+    ) -> None:
         self.pid = pid
+        self.hello = hello
         self.on_exit: Callable[[Worker], None] | None = None
         self._control: socket.socket | None = control
         self._listen_path = listen_path
@@ -77,6 +82,11 @@ class Worker:
                 if self._closed:
                     self._close_control()
 
+    def listen_at(self, path: Path) -> None:
+        """Let it be found at another path, in the place of whoever was found there."""
+        Path(self._listen_path).replace(path)
+        self._listen_path = str(path)
+
     async def ended(self) -> None:
         """Wait for the end of the process."""
         await self._watch.ended()
@@ -89,6 +99,10 @@ class Worker:
                 self.close()
                 return
         await self.kill()
+
+    def shoot(self) -> None:
+        """Kill the worker; its death is seen as any."""
+        self._watch.signal(signal.SIGKILL)
 
     async def kill(self) -> None:
         """Kill the worker and wait for its end, after which it holds no descriptor any more.
@@ -149,6 +163,10 @@ class SpawnerClient:
         """Tell the spawner that the agent serves: from now on it is restarted when it ends."""
         channel.send(self._socket, {"op": "ready"})
 
+    def report_leaving(self) -> None:
+        """Tell the spawner that another agent takes our place: it starts none, and ends with its last worker."""
+        channel.send(self._socket, {"op": "leaving"})
+
     def exit_code(self, pid: int) -> int | None:
         """Exit code of a worker that has ended, negative for a signal, if the spawner has told us."""
         return self._exit_codes.get(pid)
@@ -168,7 +186,9 @@ class SpawnerClient:
         answer, fds = reply
         channel.raise_for_error(answer)
         control, pidfd = fds
-        return Worker(int(answer["pid"]), pidfd, socket.socket(fileno=control), str(listen_path))
+        # Forked from where we were forked: it is what we are.
+        hello = hello_from_json({**versions.hello(started=False), "pid": answer["pid"]})
+        return Worker(hello.pid, pidfd, socket.socket(fileno=control), str(listen_path), hello)
 
     async def close(self) -> None:
         """Close the channel."""
@@ -194,6 +214,37 @@ class SpawnerClient:
                 self._answers.put_nowait((message, fds))
 
 
+async def find_serving(control_path: Path, next_control_path: Path) -> Worker | None:
+    """Return the worker that serves a device, left by an earlier agent, or None; others of the device end.
+
+    There is one path but for a handover, which the earlier agent may have left half-way: then each may have a
+    worker, and at most one of them serves. A worker that does not answer may serve.
+
+    Raises:
+        DeadlineExceeded: one that has to end is stuck in the kernel.
+    """
+    found = [await find_worker(path) for path in (next_control_path, control_path)]
+    living = [worker for worker in found if worker is not None]
+    serving = [worker for worker in living if worker.hello is not None and worker.hello.started]
+    if not serving and len(living) == 1 and living[0].hello is None:
+        serving = living
+    for worker in living:
+        if worker not in serving[:1]:
+            await worker.kill()
+    if not serving:
+        return None
+    if serving[0] is found[0]:
+        serving[0].listen_at(control_path)
+    return serving[0]
+
+
+async def end_workers(*listen_paths: Path) -> None:
+    """End whoever listens at these paths; DeadlineExceeded if one is stuck in the kernel."""
+    for path in listen_paths:
+        if (worker := await find_worker(path)) is not None:
+            await worker.kill()
+
+
 async def find_worker(listen_path: Path) -> Worker | None:
     """Return the living worker that serves at `listen_path`, left by an earlier agent, or None.
 
@@ -203,6 +254,9 @@ async def find_worker(listen_path: Path) -> Worker | None:
         sock, pid = connect(str(listen_path))
     except Unavailable:
         return None
+    except DeadlineExceeded as error:
+        log.get().error("a worker cannot be asked who it is; end it by hand", error=str(error))
+        return None
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -210,8 +264,11 @@ async def find_worker(listen_path: Path) -> Worker | None:
         return None
     worker = Worker(pid, pidfd, sock, str(listen_path))
     try:
-        await worker.call({"op": "ping"}, timeout_s=_PING_TIMEOUT_S)
-    except (FailedPrecondition, Unavailable, DeadlineExceeded) as error:
+        worker.hello = hello_from_json(await worker.call({"op": "ping"}, timeout_s=_PING_TIMEOUT_S))
+    except Unavailable:
+        await worker.kill()  # it hangs up only when it ends
+        return None
+    except (FailedPrecondition, DeadlineExceeded) as error:
         log.get().warning("a worker does not answer", pid=pid, path=str(listen_path), error=str(error))
         if not worker.alive:
             worker.close()

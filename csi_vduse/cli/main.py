@@ -10,7 +10,18 @@ import argparse
 import sys
 
 from csi_vduse import __version__, log
-from csi_vduse.cli import agent, controller, doctor, export, node, standalone, volume, worker
+from csi_vduse.cli import (
+    agent,
+    controller,
+    doctor,
+    export,
+    node,
+    shutdown,
+    standalone,
+    upgrade,
+    volume,
+    worker,
+)
 from csi_vduse.errors import VduseError
 
 
@@ -21,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (standalone, controller, node, agent, export, volume, doctor, worker):
+    for module in (standalone, controller, node, agent, export, volume, upgrade, shutdown, doctor, worker):
         module.add_parser(subcommands)
     options = parser.parse_args(argv)
     log.configure(log_format=options.log_format, level=options.log_level, component=options.command)

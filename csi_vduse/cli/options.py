@@ -36,6 +36,17 @@ def add_agent_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-volumes", type=int, default=0, help="attachments on this node; 0: as many as it can serve"
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the place of the agent that has the run directory, and hand over its workers",
+    )
+    parser.add_argument(
+        "--ready-file",
+        type=Path,
+        metavar="PATH",
+        help="made when ready, workers taken over; removed at start",
+    )
 
 
 def agent_config(options: argparse.Namespace) -> AgentConfig:
@@ -44,6 +55,8 @@ def agent_config(options: argparse.Namespace) -> AgentConfig:
         run_dir=options.run_dir.absolute(),
         max_volumes=options.max_volumes,
         metrics_address=options.metrics_address,
+        take_over=options.take_over,
+        ready_file=options.ready_file,
     )
 
 

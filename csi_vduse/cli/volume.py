@@ -9,7 +9,8 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,13 @@ def add_parser(subcommands: Subcommands) -> None:
     attach = _agent_action(actions, "attach", "attach an image as a device", _attach)
     add_device_options(attach)
     attach.add_argument("volume_id", metavar="VOLUME")
-    _agent_action(actions, "detach", "remove a device", _detach).add_argument("volume_id", metavar="VOLUME")
+    remove = _agent_action(actions, "detach", "remove a device", _detach)
+    remove.add_argument(
+        "--force",
+        action="store_true",
+        help="do not wait for its backend: fail what waits, and take the disk away from its users",
+    )
+    remove.add_argument("volume_id", metavar="VOLUME")
     throttle = _agent_action(actions, "throttle", "change how fast a device may be, at once", _throttle)
     add_throttle_options(throttle)
     throttle.add_argument("volume_id", metavar="VOLUME")
@@ -95,11 +102,24 @@ def _with_controller(options: argparse.Namespace, act: _CsiAct) -> int:
             rows = act(options, csi_pb2_grpc.ControllerStub(channel))
         except grpc.RpcError as error:
             raise VduseError(f"{error.code().name}: {error.details()}") from error
-    _show(options, rows)
+    show_rows(options, rows)
     return 0
 
 
 async def _with_agent(options: argparse.Namespace, act: _AgentAct) -> int:
+    async with connected_agent(options) as agent:
+        rows = await act(options, agent)
+    show_rows(options, rows)
+    return 0
+
+
+@asynccontextmanager
+async def connected_agent(options: argparse.Namespace) -> AsyncIterator[AgentClient]:
+    """A client of the agent that --run-dir names.
+
+    Raises:
+        Unavailable: there is none.
+    """
     from csi_vduse.agent.client import AgentClient  # noqa: PLC0415
 
     config = AgentConfig(run_dir=options.run_dir.absolute())
@@ -109,11 +129,9 @@ async def _with_agent(options: argparse.Namespace, act: _AgentAct) -> int:
         )
     agent = AgentClient(config.socket_path)
     try:
-        rows = await act(options, agent)
+        yield agent
     finally:
         await agent.close()
-    _show(options, rows)
-    return 0
 
 
 def _create(options: argparse.Namespace, controller: csi_pb2_grpc.ControllerStub) -> _Rows:
@@ -203,7 +221,7 @@ async def _attach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
 
 
 async def _detach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
-    await agent.detach(options.volume_id)
+    await agent.detach(options.volume_id, force=options.force)
     return []
 
 
@@ -259,6 +277,7 @@ def _attachment_row(attachment: Attachment) -> dict[str, Any]:
         "read_only": spec.read_only,
         "queues": spec.queues,
         "worker_pid": attachment.worker_pid,
+        "worker_version": attachment.worker_version,
     }
 
 
@@ -271,7 +290,8 @@ def _throttle_row(attachment: Attachment) -> dict[str, Any]:
     }
 
 
-def _show(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+def show_rows(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as --output says."""
     if options.output == "json":
         json.dump(list(rows), sys.stdout, indent=2)
         print()
@@ -303,4 +323,5 @@ _attachment_columns = (
     "read_only",
     "queues",
     "worker_pid",
+    "worker_version",
 )

@@ -21,19 +21,27 @@ class NullBackend:
     """Reads give zeros, writes vanish; for measurement."""
 
 
+@dataclass(frozen=True)
+class ErrorBackend:
+    """Every request fails at once. No attachment has it: the device of one that is forced to go is served with it."""
+
+
 BackendSpec = FileBackend | NullBackend
+ServedBackend = BackendSpec | ErrorBackend
 
 
-def to_json(spec: BackendSpec) -> dict[str, Any]:
+def to_json(spec: ServedBackend) -> dict[str, Any]:
     """Encode for the control channel and the records."""
     match spec:
         case FileBackend(path):
             return {"kind": "file", "path": str(path)}
         case NullBackend():
             return {"kind": "null"}
+        case ErrorBackend():
+            return {"kind": "error"}
 
 
-def from_json(value: dict[str, Any]) -> BackendSpec:
+def from_json(value: dict[str, Any]) -> ServedBackend:
     """Decode what ``to_json`` made.
 
     Raises:
@@ -44,6 +52,8 @@ def from_json(value: dict[str, Any]) -> BackendSpec:
             return FileBackend(Path(path))
         case {"kind": "null"}:
             return NullBackend()
+        case {"kind": "error"}:
+            return ErrorBackend()
     raise InvalidArgument(
         f"unknown backend {value!r}", hint='use {"kind": "file", "path": "/..."} or {"kind": "null"}'
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from csi_vduse.dataplane._engine import ffi, lib
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import ErrorBackend, FileBackend, NullBackend, ServedBackend
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     FailedPrecondition,
@@ -115,7 +115,7 @@ class Engine:
     def __init__(
         self,
         *,
-        backend: BackendSpec,
+        backend: ServedBackend,
         capacity_bytes: int,
         block_size_bytes: int,
         max_queues: int,
@@ -129,6 +129,8 @@ class Engine:
                 name, place = "file", os.fsencode(path)
             case NullBackend():
                 name, place = "null", b""
+            case ErrorBackend():
+                name, place = "error", b""
         strings = [ffi.new("char[]", text) for text in (serial.encode(), name.encode(), place)]
         config = ffi.new(
             "struct vd_config *",

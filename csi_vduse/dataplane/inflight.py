@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from csi_vduse import __version__
 from csi_vduse.dataplane.engine import inflight_bytes
 from csi_vduse.errors import DataLoss
 
-_VERSION: Final = 1
+VERSION: Final = 1  # in which logs are made
+READABLE: Final = frozenset({1})  # and those that a predecessor may have left
 _HEAD_BYTES: Final = 4096
 # Negotiated features: in the head, but not of its text, because they are known only when a driver is there.
 _FEATURES: Final = struct.Struct("=Q")
@@ -54,7 +56,7 @@ def create(path: Path, identity: LogIdentity) -> None:
     Raises:
         FileExistsError: there is one.
     """
-    head = json.dumps({"version": _VERSION, **asdict(identity)}).encode()
+    head = json.dumps({"version": VERSION, **asdict(identity)}).encode()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, _HEAD_BYTES + identity.queues * identity.part_bytes)
@@ -80,7 +82,13 @@ class InflightLog:
             found = json.loads(head)
         except ValueError as error:
             raise DataLoss("the in-flight log is damaged") from error
-        wanted = {"version": _VERSION, **asdict(identity)}
+        version = found.get("version") if isinstance(found, dict) else None
+        if version not in READABLE:
+            raise DataLoss(
+                f"the in-flight log is of version {version}, and this is csi-vduse {__version__}, which does not read it",
+                hint="another release made the volume's device: serve it with that one, or detach it there first",
+            )
+        wanted = {"version": version, **asdict(identity)}
         if found != wanted:
             raise DataLoss(
                 f"the in-flight log is not of this device: {found} instead of {wanted}",

@@ -1,8 +1,9 @@
 """The worker process: life cycle and control loop of one volume's data plane.
 
 One thread, one selector: the device's control messages, requests of the agent, alarms of the engine. Queue
-threads do the I/O; nothing here is on their path. A worker ends when it is told to stop, never because the
-agent went away: the agent finds it again at the path it listens on.
+threads do the I/O; nothing here is on their path. A worker that serves ends when it is told to stop, never because
+the agent went away: the agent finds it again at the path it listens on. One that serves nothing (not yet, or it has
+handed its device over) ends with any of its connections: an agent that dies leaves no idle ones behind.
 """
 
 from __future__ import annotations
@@ -21,12 +22,20 @@ from typing import Any
 import structlog
 
 from csi_vduse import log
-from csi_vduse.dataplane import backend_spec, channel, throttle
+from csi_vduse.dataplane import backend_spec, channel, throttle, versions
+from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
-from csi_vduse.errors import FailedPrecondition, InvalidArgument, VduseError
+from csi_vduse.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    Pending,
+    Unavailable,
+    VduseError,
+)
 
 _ALARM_PAUSE_S = 1.0  # failed requests are logged at most this often
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
@@ -68,6 +77,8 @@ class Worker:
         """Loop until stopped."""
         while self._running:
             for key, _ in self._selector.select(self._next_deadline_s()):
+                if self._selector.get_map().get(key.fd) is not key:
+                    continue  # what came before it in this turn stopped watching it
                 callback: Callable[[], None] = key.data
                 callback()
             self._do_what_is_due()
@@ -88,8 +99,9 @@ class Worker:
         except InvalidArgument as error:
             message, fds, answer = {}, [], channel.error_answer(error)
         except VduseError:
-            self._selector.unregister(sock)  # the agent went away; that is no reason to do anything
+            self._selector.unregister(sock)  # the agent went away
             sock.close()
+            self._running = self._running and self._served is not None
             return
         else:
             try:
@@ -104,9 +116,13 @@ class Worker:
     def _perform(self, message: channel.Message, fds: list[int]) -> dict[str, Any]:
         match message.get("op"):
             case "ping":
-                return {"pid": os.getpid(), "started": self._served is not None}
+                return versions.hello(started=self._served is not None)
+            case "prepare":
+                self._prepare(message, fds)
             case "start":
                 self._start(message, fds)
+            case "release":
+                return {"released": self._release(abandon=bool(message.get("abandon")))}
             case "resize":
                 self._device.resize(int(message["capacity_bytes"]))
             case "throttle":
@@ -132,6 +148,16 @@ class Worker:
             raise FailedPrecondition("this worker has not been started", hint="send it a start request first")
         return self._served
 
+    def _prepare(self, message: channel.Message, fds: list[int]) -> None:
+        """Do of a start with a log what can be done while another worker serves the device: check, and warm up."""
+        (log_fd,) = fds
+        InflightLog(log_fd, LogIdentity(**message["inflight"]))
+        # Whoever serves the device holds the backend: what counts is that it is there.
+        with contextlib.suppress(Unavailable):
+            self._engine(message).close()
+        # A worker shares its pages with the spawner until it writes to them: what a start copies is copied now.
+        self._engine({**message, "backend": backend_spec.to_json(NullBackend())}).close()
+
     def _start(self, message: channel.Message, fds: list[int]) -> None:
         if self._served is not None:
             raise FailedPrecondition("this worker serves a device already")
@@ -139,25 +165,9 @@ class Worker:
             raise InvalidArgument(
                 f"start came with {len(fds)} descriptors", hint="send the VDUSE device and the in-flight log"
             )
-        spec = DeviceSpec(
-            name=message["name"],
-            capacity_bytes=message["capacity_bytes"],
-            block_size_bytes=message["block_size_bytes"],
-            queues=message["queues"],
-            queue_size=message["queue_size"],
-            read_only=message["read_only"],
-            packed=message["packed"],
-        )
         structlog.contextvars.bind_contextvars(volume_id=message["serial"])
-        engine = Engine(
-            backend=backend_spec.from_json(message["backend"]),
-            capacity_bytes=spec.capacity_bytes,
-            block_size_bytes=spec.block_size_bytes,
-            max_queues=spec.queues,
-            read_only=spec.read_only,
-            serial=message["serial"],
-            event_fd=self._event_fd,
-        )
+        spec = _device_spec(message)
+        engine = self._engine(message)
         device_fd, log_fd = fds
         with contextlib.ExitStack() as undo:
             undo.callback(engine.close)
@@ -169,8 +179,47 @@ class Worker:
             undo.pop_all()
         fds.remove(device_fd)  # it belongs to served now
         self._served = served
+        self._failures_logged = 0
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
+
+    def _engine(self, message: channel.Message) -> Engine:
+        spec = _device_spec(message)
+        return Engine(
+            backend=backend_spec.from_json(message["backend"]),
+            capacity_bytes=spec.capacity_bytes,
+            block_size_bytes=spec.block_size_bytes,
+            max_queues=spec.queues,
+            read_only=spec.read_only,
+            serial=message["serial"],
+            event_fd=self._event_fd,
+        )
+
+    def _release(self, *, abandon: bool) -> bool:
+        """Let go of device and backend, with nothing in flight; they are ready for a successor, or a start of ours.
+
+        False if what is in flight does not end in time: then everything goes on as before. To abandon is to let go
+        of the device whatever is in flight or held; the backend is let go of at the end of the process.
+        """
+        served = self._device
+        if not abandon:
+            if self._resume_at is not None:
+                raise Pending("the volume's requests are held", hint="retry when its snapshot has been taken")
+            if served.broken:
+                raise FailedPrecondition("the kernel has given the device up", hint="detach the volume")
+            try:
+                served.quiesce()
+            except DeadlineExceeded:
+                return False
+        self._resume_at = None
+        for fd in (served.device.fd, *served.waiting_kick_fds):
+            if fd in self._selector.get_map():
+                self._selector.unregister(fd)
+        # Closing is what hands the device over: with the last descriptor the kernel takes back what was not answered.
+        served.close()
+        served.engine.close()  # and with it the lock on the image falls
+        self._served = None
+        return True
 
     def _stop(self) -> None:
         if self._served is not None:
@@ -204,7 +253,9 @@ class Worker:
         os.eventfd_read(self._event_fd)
         self._selector.unregister(self._event_fd)
         self._alarm_muted_until = time.monotonic() + _ALARM_PAUSE_S
-        engine = self._device.engine
+        if self._served is None:
+            return
+        engine = self._served.engine
         failure = engine.failure()
         if failure and failure.count > self._failures_logged:
             self._log.error(
@@ -241,6 +292,18 @@ class Worker:
     def _resume(self) -> None:
         self._resume_at = None
         self._device.resume()
+
+
+def _device_spec(message: channel.Message) -> DeviceSpec:
+    return DeviceSpec(
+        name=message["name"],
+        capacity_bytes=message["capacity_bytes"],
+        block_size_bytes=message["block_size_bytes"],
+        queues=message["queues"],
+        queue_size=message["queue_size"],
+        read_only=message["read_only"],
+        packed=message["packed"],
+    )
 
 
 def _listen(path: str) -> socket.socket:

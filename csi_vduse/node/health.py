@@ -55,6 +55,7 @@ def findings(observed: Observed) -> tuple[Finding, ...]:
 _NORMAL = frozenset({State.ATTACHING, State.ATTACHED, State.DETACHING})
 _REASONS = {
     State.WORKER_DEAD: ("WorkerDead", "The worker of the volume is dead; its I/O waits."),
+    State.STALLED: ("Stalled", "The volume has had no worker for long; its I/O waits."),
     State.BROKEN: ("DeviceBroken", "The kernel has given the volume's device up."),
 }
 

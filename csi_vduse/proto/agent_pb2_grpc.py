@@ -74,6 +74,21 @@ class AgentStub:
                 request_serializer=agent__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=agent__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.Handover = channel.unary_unary(
+                '/csi_vduse.agent.v1.Agent/Handover',
+                request_serializer=agent__pb2.HandoverRequest.SerializeToString,
+                response_deserializer=agent__pb2.HandoverResponse.FromString,
+                _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/csi_vduse.agent.v1.Agent/Leave',
+                request_serializer=agent__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=agent__pb2.LeaveResponse.FromString,
+                _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/csi_vduse.agent.v1.Agent/Shutdown',
+                request_serializer=agent__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=agent__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/csi_vduse.agent.v1.Agent/GetStats',
                 request_serializer=agent__pb2.GetStatsRequest.SerializeToString,
@@ -145,6 +160,30 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handover(self, request, context):
+        """Replaces the living worker of a volume by a new one of the agent's release, without an error and nearly without a
+        pause. If the new one cannot serve, the old one goes on. FAILED_PRECONDITION, UNAVAILABLE, ABORTED: nothing changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leave(self, request, context):
+        """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
+        its run directory and socket. Workers go on serving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Shutdown(self, request, context):
+        """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+        may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Counters of all workers, for metrics.
         """
@@ -200,6 +239,21 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=agent__pb2.ResumeRequest.FromString,
                     response_serializer=agent__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Handover': grpc.unary_unary_rpc_method_handler(
+                    servicer.Handover,
+                    request_deserializer=agent__pb2.HandoverRequest.FromString,
+                    response_serializer=agent__pb2.HandoverResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=agent__pb2.LeaveRequest.FromString,
+                    response_serializer=agent__pb2.LeaveResponse.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=agent__pb2.ShutdownRequest.FromString,
+                    response_serializer=agent__pb2.ShutdownResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -428,6 +482,87 @@ class Agent:
             '/csi_vduse.agent.v1.Agent/Resume',
             agent__pb2.ResumeRequest.SerializeToString,
             agent__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi_vduse.agent.v1.Agent/Handover',
+            agent__pb2.HandoverRequest.SerializeToString,
+            agent__pb2.HandoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi_vduse.agent.v1.Agent/Leave',
+            agent__pb2.LeaveRequest.SerializeToString,
+            agent__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi_vduse.agent.v1.Agent/Shutdown',
+            agent__pb2.ShutdownRequest.SerializeToString,
+            agent__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,18 @@ class AgentStub:
     resumes by itself after hold_s. OK if not attached.
     """
     Resume: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ResumeRequest, _agent_pb2.ResumeResponse]
+    Handover: _grpc.UnaryUnaryMultiCallable[_agent_pb2.HandoverRequest, _agent_pb2.HandoverResponse]
+    """Replaces the living worker of a volume by a new one of the agent's release, without an error and nearly without a
+    pause. If the new one cannot serve, the old one goes on. FAILED_PRECONDITION, UNAVAILABLE, ABORTED: nothing changed.
+    """
+    Leave: _grpc.UnaryUnaryMultiCallable[_agent_pb2.LeaveRequest, _agent_pb2.LeaveResponse]
+    """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
+    its run directory and socket. Workers go on serving.
+    """
+    Shutdown: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ShutdownRequest, _agent_pb2.ShutdownResponse]
+    """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+    may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+    """
     GetStats: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetStatsRequest, _agent_pb2.GetStatsResponse]
     """Counters of all workers, for metrics."""
     Probe: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ProbeRequest, _agent_pb2.ProbeResponse]
@@ -76,6 +88,18 @@ class AgentAsyncStub(AgentStub):
     resumes by itself after hold_s. OK if not attached.
     """
     Resume: _aio.UnaryUnaryMultiCallable[_agent_pb2.ResumeRequest, _agent_pb2.ResumeResponse]  # type: ignore[assignment]
+    Handover: _aio.UnaryUnaryMultiCallable[_agent_pb2.HandoverRequest, _agent_pb2.HandoverResponse]  # type: ignore[assignment]
+    """Replaces the living worker of a volume by a new one of the agent's release, without an error and nearly without a
+    pause. If the new one cannot serve, the old one goes on. FAILED_PRECONDITION, UNAVAILABLE, ABORTED: nothing changed.
+    """
+    Leave: _aio.UnaryUnaryMultiCallable[_agent_pb2.LeaveRequest, _agent_pb2.LeaveResponse]  # type: ignore[assignment]
+    """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
+    its run directory and socket. Workers go on serving.
+    """
+    Shutdown: _aio.UnaryUnaryMultiCallable[_agent_pb2.ShutdownRequest, _agent_pb2.ShutdownResponse]  # type: ignore[assignment]
+    """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+    may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+    """
     GetStats: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetStatsRequest, _agent_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Counters of all workers, for metrics."""
     Probe: _aio.UnaryUnaryMultiCallable[_agent_pb2.ProbeRequest, _agent_pb2.ProbeResponse]  # type: ignore[assignment]
@@ -146,6 +170,36 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.ResumeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ResumeResponse, _abc.Awaitable[_agent_pb2.ResumeResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Handover(
+        self,
+        request: _agent_pb2.HandoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.HandoverResponse, _abc.Awaitable[_agent_pb2.HandoverResponse]]:
+        """Replaces the living worker of a volume by a new one of the agent's release, without an error and nearly without a
+        pause. If the new one cannot serve, the old one goes on. FAILED_PRECONDITION, UNAVAILABLE, ABORTED: nothing changed.
+        """
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _agent_pb2.LeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.LeaveResponse, _abc.Awaitable[_agent_pb2.LeaveResponse]]:
+        """For the agent that takes this one's place: it ends the operations that run, takes no more, answers, and lets go of
+        its run directory and socket. Workers go on serving.
+        """
+
+    @_abc_1.abstractmethod
+    def Shutdown(
+        self,
+        request: _agent_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.ShutdownResponse, _abc.Awaitable[_agent_pb2.ShutdownResponse]]:
+        """The node shuts down: detaches what nobody uses, and for the rest shortens what the kernel waits for a worker, which
+        may be gone when the kernel resets its device. Attaches nothing any more. A restart of the agent ends this.
+        """
 
     @_abc_1.abstractmethod
     def GetStats(

@@ -21,6 +21,7 @@ from csi_vduse.vdpa.model import Bus, BusDevice
 
 _MOUNTINFO_DEVICE_FIELD = 2  # "major:minor", proc_pid_mountinfo(5)
 _MOUNTINFO_POINT_FIELD = 4
+_REMOTE_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "ceph", "9p", "afs", "virtiofs", "glusterfs", "lustre")
 _SECTOR_BYTES = 512  # of sysfs "size", whatever the block size
 
 
@@ -194,13 +195,46 @@ class Sysfs:
 
 
 def _holds(process: Path, number: int, *, is_disk: bool) -> bool:
+    """Whether a process has a device node open.
+
+    Files of file systems that ask others for a file's attributes are not looked at: one whose server is away would
+    keep us waiting for ever, with everything else that the agent has to do.
+    """
     wanted = stat.S_ISBLK if is_disk else stat.S_ISCHR
+    remote: set[str] | None = None
     for fd in _descriptors(process):
         with contextlib.suppress(OSError):
+            if not str(fd.readlink()).startswith("/"):
+                continue
+            remote = _remote_mounts(process) if remote is None else remote
+            if remote and _mount_of(process, fd.name) in remote:
+                continue
             status = fd.stat()
             if status.st_rdev == number and wanted(status.st_mode):
                 return True
     return False
+
+
+def _remote_mounts(process: Path) -> set[str]:
+    """Ids of a process's mounts whose files cannot be looked at without asking somebody."""
+    found = set()
+    try:
+        lines = (process / "mountinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        mount, _, source = line.partition(" - ")
+        if source.startswith(_REMOTE_FILE_SYSTEMS):
+            found.add(mount.split(" ", 1)[0])
+    return found
+
+
+def _mount_of(process: Path, fd: str) -> str:
+    for line in (process / "fdinfo" / fd).read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "mnt_id":
+            return value.strip()
+    return ""
 
 
 def _descriptors(process: Path) -> Iterator[Path]:

@@ -6,7 +6,9 @@ as it is, with its logs collected, for whoever wants to look; `down` ends whatev
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab import kernel, virtiofsd
@@ -20,10 +22,21 @@ from lab.host import run
 from lab.machine import Machine
 from lab.paths import CHECKOUT
 
-HELM = CHECKOUT / ".cache" / "bin" / "helm"
 _APPLY_S = 300.0
 _READY_S = 900.0
-_DOCKERFILE = CHECKOUT / "Dockerfile"
+_HELM_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a cluster is made of.
+
+    kubernetes: the folder of lab.cluster.kubernetes; images: the archives of all images, the product's last.
+    """
+
+    kubernetes: Path
+    helm: Path
+    images: tuple[Path, ...]
 
 
 class Cluster:
@@ -33,26 +46,24 @@ class Cluster:
         """Describe it; nothing happens."""
         self.layout = layout
 
-    def build(self) -> tuple[Path, list[Path]]:
-        """Make what a cluster is made of, as far as the cache lacks it.
-
-        Returns the folder of Kubernetes' programs, and the archives of all images.
-        """
+    def build(self) -> Built:
+        """Make what a cluster is made of, as far as the cache lacks it."""
         with step("kernel and virtiofsd"):
             kernel.obtain()
             virtiofsd.obtain()
-        built = kubernetes.obtain()
-        images = [*small_images.obtain().glob("*.tar"), *(built / "images").glob("*.tar")]
-        if _DOCKERFILE.is_file():
-            images.append(product_image.obtain(_version()) / "image.tar")
-        return built, images
+        with step("helm"):
+            helm = Path(run([str(CHECKOUT / "tools" / "build_helm.sh")], timeout_s=_HELM_S).strip())
+        made = kubernetes.obtain()
+        product = product_image.obtain(_version()) / "image.tar"
+        images = [*small_images.obtain().glob("*.tar"), *(made / "images").glob("*.tar"), product]
+        return Built(made, helm, tuple(images))
 
     def up(self) -> None:
         """Bring it up: two Ready nodes that have every image, and an API that has the snapshot kinds.
 
         Raises LabError; the logs are collected then.
         """
-        built, images = self.build()
+        built = self.build()
         layout = self.layout
         with step("network"):
             network.lay(layout)
@@ -60,14 +71,14 @@ class Cluster:
             shutil.rmtree(layout.logs, ignore_errors=True)
             with step("all, without building"), ThreadPoolExecutor() as pool:
                 with step("certificates and kubeconfigs"):
-                    kube = self._take_programs(built)
-                    access.lay(layout, kube, HELM)
+                    kube = self._take_programs(built.kubernetes)
+                    access.lay(layout, kube, built.helm)
                 machines = [NodeMachine(layout, node) for node in layout.nodes]
                 booting = [pool.submit(self._boot, machine, kube) for machine in machines]
-                self._start_control_plane(ControlPlane(layout), built / "crds")
+                self._start_control_plane(ControlPlane(layout), built.kubernetes / "crds")
                 for boot in booting:
                     boot.result()
-                importing = [pool.submit(self._fill, machine, images) for machine in machines]
+                importing = [pool.submit(self._fill, machine, built.images) for machine in machines]
                 for node in layout.nodes:
                     with step(f"{node.name} is Ready"):
                         self.kubectl("wait", "--for=create", f"node/{node.name}", "--timeout=10m")
@@ -118,7 +129,7 @@ class Cluster:
             machine.up()
 
     @staticmethod
-    def _fill(machine: NodeMachine, images: list[Path]) -> None:
+    def _fill(machine: NodeMachine, images: Sequence[Path]) -> None:
         with step(f"{machine.node.name} imports {len(images)} images"):
             machine.import_images(images)
 

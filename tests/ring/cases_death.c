@@ -31,6 +31,7 @@ struct scene {
     void *log;
     struct slot slots[SLOTS];
     uint64_t seed, sent, done;
+    bool failing; /* what ends from now on ends with an error */
 };
 
 static uint64_t steps_left;
@@ -87,15 +88,18 @@ static void collect(struct scene *s)
     struct slot *slot;
 
     while ((slot = dqueue_get(&s->q, &written))) {
-        CHECK_EQUAL(*slot->b.status, VIRTIO_BLK_S_OK); /* 0xff: shown as used before it was done */
+        /* 0xff: shown as used before it was done */
+        CHECK_EQUAL(*slot->b.status, s->failing ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+        slot->b.done = true;
+        s->done++;
+        if (s->failing)
+            continue;
         CHECK_EQUAL(written, slot->type == VIRTIO_BLK_T_IN ? SLOT_BYTES + 1 : 1);
         if (slot->type == VIRTIO_BLK_T_OUT)
             slot->written = slot->seed;
         else if (slot->type == VIRTIO_BLK_T_IN && file)
             CHECK(slot->written ? is_pattern(slot->b.data, SLOT_BYTES, slot->written)
                                 : is_byte(slot->b.data, SLOT_BYTES, 0));
-        slot->b.done = true;
-        s->done++;
     }
 }
 
@@ -127,7 +131,8 @@ static void expect_killed(pid_t child)
     CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL); /* and not by its own failure */
 }
 
-static void killed_again_and_again(const char *backend, bool event_idx, bool indirect)
+/* last: the backend of the process that comes at the end, to stay. */
+static void killed_again_and_again(const char *backend, const char *last, bool event_idx, bool indirect)
 {
     static struct scene s;
     uint64_t in_flight = 0;
@@ -170,12 +175,17 @@ static void killed_again_and_again(const char *backend, bool event_idx, bool ind
     }
     CHECK(in_flight > LIVES); /* deaths came when there was something to lose */
 
+    s.failing = strcmp(backend, last) != 0;
+    s.backend = last;
+    send(&s);
+    CHECK(s.sent > s.done);
+
     pid_t child = serve_in_child(&s, true, 0);
 
     WAIT_FOR((collect(&s), s.done == s.sent));
     kill(child, SIGKILL);
     expect_killed(child);
-    for (uint32_t i = 0; i < SLOTS && !strcmp(backend, "file"); i++) {
+    for (uint32_t i = 0; i < SLOTS && !strcmp(last, "file"); i++) {
         uint8_t image[SLOT_BYTES];
 
         CHECK(pread(s.image_fd, image, SLOT_BYTES, i * SLOT_BYTES) == SLOT_BYTES);
@@ -191,15 +201,20 @@ static void killed_again_and_again(const char *backend, bool event_idx, bool ind
 
 BOTH(a_killed_process_is_replaced_and_the_driver_does_not_notice)
 {
-    killed_again_and_again("file", true, true);
+    killed_again_and_again("file", "file", true, true);
 }
 
 BOTH(a_killed_process_is_replaced_with_chains_of_direct_descriptors)
 {
-    killed_again_and_again("file", false, false);
+    killed_again_and_again("file", "file", false, false);
 }
 
 BOTH(a_killed_process_is_replaced_when_requests_end_at_once)
 {
-    killed_again_and_again("null", true, true);
+    killed_again_and_again("null", "null", true, true);
+}
+
+BOTH(a_killed_process_is_followed_by_one_that_fails_all_that_is_left)
+{
+    killed_again_and_again("file", "error", true, true);
 }

@@ -189,6 +189,21 @@ BOTH(the_null_backend_answers_everything)
     rig_close(&rig);
 }
 
+BOTH(the_error_backend_fails_everything_at_once)
+{
+    struct rig rig;
+
+    rig_open(&rig, (struct plan){ .backend = "error", .capacity = MIB });
+    struct blk b = blk_new(&rig, 4096);
+    memset(b.data, 0, 16);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 0, 4096), VIRTIO_BLK_S_IOERR);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_IOERR);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_IOERR);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_DISCARD, 0, 16), VIRTIO_BLK_S_IOERR);
+    CHECK_EQUAL(rig_stats(&rig, 0).in_flight, 0);
+    rig_close(&rig);
+}
+
 BOTH(a_buffer_may_cross_from_one_region_into_the_next)
 {
     struct rig rig;

@@ -48,7 +48,7 @@ struct vd_config {
     int read_only;
     int event_fd;             /* eventfd written when a queue faults or a request fails; -1: none */
     const char *serial;       /* answer to GET_ID, cut to 20 bytes */
-    const char *backend;      /* "file" or "null" */
+    const char *backend;      /* "file", "null" or "error" */
     const char *path;         /* of the file backend */
 };
 

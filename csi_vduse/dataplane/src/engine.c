@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_null };
+static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_null, &vd_backend_error };
 
 int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 {

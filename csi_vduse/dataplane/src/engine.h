@@ -58,7 +58,7 @@ struct vd_backend_ops {
     void (*complete)(struct vd_queue *queue, struct vd_request *request, int result);
 };
 
-extern const struct vd_backend_ops vd_backend_file, vd_backend_null;
+extern const struct vd_backend_ops vd_backend_file, vd_backend_null, vd_backend_error;
 
 struct vd_engine {
     struct vd_config config;

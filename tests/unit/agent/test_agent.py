@@ -199,6 +199,7 @@ async def test_a_log_that_is_not_the_devices_stops_recovery_and_says_so(agent, w
     await until(lambda: "not of this device" in agent.attachments()[0].state_reason)
     await asyncio.sleep(0.5)
     assert len(workers.processes) == 2  # no guess, and no storm either
+    assert agent.attachments()[0].state is State.STALLED
 
 
 async def test_a_worker_that_dies_while_the_disk_is_bound_is_replaced(agent, kernel, workers):
@@ -218,6 +219,45 @@ async def test_detach_with_a_dead_worker_uses_another(agent, kernel, workers, no
     await until(lambda: agent.attachments()[0].state is State.WORKER_DEAD)
     workers.fault = ""
     kernel.put_in_flight("vol-1", reads=1, writes=2)
+    await agent.detach("vol-1")
+    assert_nothing_left(kernel, workers, node)
+
+
+async def test_by_force_a_mounted_disk_goes_although_its_image_is_missing(agent, kernel, workers, node):
+    await agent.attach(SPEC)
+    workers.fault = "refuse"
+    workers.processes[0].kill()
+    await until(lambda: "the image is missing" in agent.attachments()[0].state_reason)
+    kernel.mount("/mnt/data")
+    await agent.detach("vol-1", force=True)
+    assert_nothing_left(kernel, workers, node)
+
+
+async def test_by_force_a_worker_whose_backend_hangs_is_not_waited_for(agent, kernel, workers, node):
+    workers.fault = "slow"
+    await agent.attach(SPEC)
+    kernel.put_in_flight("vol-1", reads=1, writes=2)
+    await agent.detach("vol-1", force=True)
+    assert_nothing_left(kernel, workers, node)
+
+
+async def test_a_device_that_a_vm_has_open_does_not_go_by_force_either(agent, kernel, monkeypatch):
+    await agent.attach(replace(SPEC, bus=Bus.VHOST))
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", lambda *_: ["42 (qemu)"])
+    monkeypatch.setattr("csi_vduse.agent.detach._OPENERS_GRACE_S", 0.1)
+    with pytest.raises(FailedPrecondition, match="qemu"):
+        await agent.detach("vol-1", force=True)
+    assert agent.attachments()[0].state is State.ATTACHED
+
+
+async def test_a_detach_by_force_that_failed_is_finished_by_an_ordinary_one(agent, kernel, workers, node):
+    await agent.attach(SPEC)
+    workers.fault = "refuse"
+    kernel.fail["bus detach"] = DeadlineExceeded("stuck")
+    with pytest.raises(DeadlineExceeded):
+        await agent.detach("vol-1", force=True)
+    assert agent.attachments()[0].state is State.DETACHING
+    kernel.fail.clear()
     await agent.detach("vol-1")
     assert_nothing_left(kernel, workers, node)
 

@@ -27,13 +27,18 @@ def note(line):
 
 def agent(sock):
     note(f"agent {os.getpid()}")
-    if sys.argv[2] == "fail":
+    if sys.argv[2] == "fail" or (sys.argv[2] == "fail-later" and out.read_text().count("agent") == 2):
         return 3
     channel.send(sock, {"op": "ready"})
     channel.send(sock, {"op": "spawn", "listen_path": "/nowhere"})
     answer, (control, pidfd) = channel.receive(sock)
     note(f"worker {answer['pid']}")
     worker = socket.socket(fileno=control)
+    if sys.argv[2] == "leave":
+        channel.send(sock, {"op": "leaving"})
+        return 0
+    if sys.argv[2] == "fail-later":
+        return 0
     if sys.argv[2] == "stop-worker":
         worker.close()
         message, _ = channel.receive(sock)
@@ -126,6 +131,14 @@ def test_an_agent_that_cannot_start_ends_the_spawner_with_its_code(start):
     assert len(running.said("agent")) == 1  # and is not tried again
 
 
+def test_an_agent_that_cannot_start_again_is_tried_again_while_workers_live(start):
+    running = start("fail-later")
+    (worker,) = running.wait_for("worker")
+    running.wait_for("agent", 3)
+    assert alive(int(worker))
+    assert running.process.poll() is None
+
+
 def test_a_worker_inherits_its_channel_and_nothing_else(start):
     running = start("run")
     assert running.wait_for("fds") == ["1", "session", "True"]
@@ -136,6 +149,29 @@ def test_the_agent_is_told_how_a_worker_ended(start):
     (worker,) = running.wait_for("worker")
     assert running.wait_for("told") == [worker, "5"]
     until(lambda: not Path(f"/proc/{worker}").exists())  # reaped
+
+
+def test_after_the_agent_left_to_another_it_ends_with_its_last_worker(start):
+    running = start("leave")
+    (worker,) = running.wait_for("worker")
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(1)
+    assert len(running.said("agent")) == 1
+    os.kill(int(worker), signal.SIGKILL)
+    assert running.process.wait(20) == 0
+
+
+def test_executed_anew_it_keeps_its_number_and_its_workers(start):
+    running = start("reload")
+    (agent,), (worker,) = running.wait_for("agent"), running.wait_for("worker")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_for("agent", 2)
+    assert not alive(int(agent))
+    assert alive(int(worker))
+    running.wait_for("worker", 2)
+    os.kill(int(worker), signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{worker}").exists())  # reaped: it is still a child
+    assert running.process.poll() is None
 
 
 def test_the_first_process_never_imports_grpc():

@@ -1,8 +1,11 @@
-"""Wrong usage is refused with what was wrong, before anything is made."""
+"""Wrong usage is refused with what was wrong, before anything is made; and what a plan looks like."""
 
 import pytest
 
+from csi_vduse.agent.model import Attachment, AttachSpec, State
+from csi_vduse.agent.store import Store
 from csi_vduse.cli.main import main
+from csi_vduse.dataplane.backend_spec import NullBackend
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,8 @@ from csi_vduse.cli.main import main
         (("standalone", "--endpoint", "unix:///run/x", "--node-id", "n"), "no pool"),
         (("standalone", "--endpoint", "unix:///run/x", "--node-id", "n", "--pool", "p=tape:/p"), "tape"),
         (("volume", "detach", "--run-dir", "/nowhere", "vol"), "no agent listens"),
+        (("upgrade", "--run-dir", "/nowhere"), "no agent listens"),
+        (("shutdown", "--run-dir", "/nowhere"), "no agent listens"),
         (("volume", "list", "--endpoint", "http:x"), "http:x"),
     ],
 )
@@ -47,3 +52,15 @@ def test_without_permission_the_file_is_named_and_nothing_is_made(capsys, monkey
     monkeypatch.setattr("csi_vduse.agent.store.Store.find", refuse)
     assert main(["export", "--backend", "null:16M", "x"]) == 1
     assert "/run/csi-vduse/export: Permission denied (run as root)" in capsys.readouterr().err
+
+
+def test_doctor_prints_what_the_next_agent_would_do_and_does_not_do_it(capsys, tmp_path):
+    store = Store(tmp_path / "volumes")
+    spec = AttachSpec("vol-1", NullBackend(), 1 << 20)
+    store.save(Attachment(spec, State.ATTACHED))
+    assert main(["doctor", "--plan", "--run-dir", str(tmp_path)]) == 0
+    assert "forget vol-1: its device does not exist" in capsys.readouterr().out
+    assert store.find("vol-1")
+    (tmp_path / "volumes/vol-1/record.json").write_text('{"version": 99}')
+    assert main(["doctor", "--plan", "--run-dir", str(tmp_path), "--output", "json"]) == 1
+    assert "leave vol-1 alone" in capsys.readouterr().out

@@ -8,8 +8,10 @@ worker has cannot join the bus. tests/vm/test_agent.py tries the same on the rea
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +73,9 @@ class FakeKernel:
         self._step("destroy")
         if name not in self.devices:
             return
+        deadline = time.monotonic() + 2
+        while (self.on_bus(name).exists() or self.is_open(name)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)  # as VduseKernel does
         if self.on_bus(name).exists() or self.is_open(name):
             raise FailedPrecondition(f"VDUSE device {name!r} is still on the vdpa bus or open")
         del self.devices[name]

@@ -1,8 +1,10 @@
 """A worker process that serves nothing: `python worker.py FD LISTEN_PATH [FAULT]`, and a source of those.
 
-It speaks the real channel, keeps the device that it is given open, and ends on "stop". Faults: "refuse"
-(start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute"
-(never answers start), "deaf" (never resizes).
+It speaks the real channel, keeps the device that it is given open until it is to release it, ends on "stop", and, when
+it serves nothing, with any of its connections, as the real one does (tests/unit/dataplane/test_worker.py). Faults:
+"refuse" (start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute"
+(never answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain), "stuck"
+(never answers release), "broken" (its device is), "ancient" (of a protocol without handover).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csi_vduse.dataplane import channel
+from csi_vduse.dataplane import channel, versions
 from csi_vduse.errors import DataLoss, FailedPrecondition
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(control, selectors.EVENT_READ)
-    kept: list[int] = []
+    kept: list[int] = []  # of a device that it serves
     while True:
         for key, _ in selector.select():
             if key.fileobj is listener:
@@ -44,37 +46,66 @@ def main() -> None:
             except Exception:  # noqa: BLE001 - the peer is gone
                 selector.unregister(peer)
                 peer.close()
+                if not kept:
+                    return
                 continue
-            kept += fds
-            answer = _answer(message, fault)
+            answer = _answer(message, fault, started=bool(kept))
+            good = answer is not None and answer["ok"]
+            if message["op"] == "start" and good:
+                kept, fds = fds, []
+            if message["op"] == "release" and good and answer["released"]:
+                kept, fds = [], kept
+            for fd in fds:
+                os.close(fd)
             if answer is not None:
                 channel.send(peer, answer)
             if message["op"] == "stop":
                 return
 
 
-def _answer(message: dict[str, Any], fault: str) -> dict[str, Any] | None:
-    match message["op"], fault:
-        case "start", "refuse":
-            return channel.error_answer(FailedPrecondition("the image is missing", hint="make it"))
-        case "start", "foreign log":
-            return channel.error_answer(DataLoss("the in-flight log is not of this device"))
-        case "start", "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case ("start", "mute") | ("resize", "deaf"):
-            return None
-        case "stats", _:
-            read = {
-                "operation": "read",
-                "count": 3,
-                "bytes": 4096,
-                "errors": 1,
-                "latency_sum_s": 0.5,
-                "latency_max_s": 0.25,
-                "latency": [0, 2, 1],
-            }
-            return {"ok": True, "operations": [read], "in_flight": 2, "features": 7, "device_status": 15}
-    return {"ok": True}
+def _answer(message: dict[str, Any], fault: str, *, started: bool) -> dict[str, Any] | None:
+    operation = str(message["op"])
+    if operation == "ping":
+        return {"ok": True, **({} if fault == "ancient" else versions.hello(started=started))}
+    if operation in {"release", "stats"} and not started:
+        return channel.error_answer(FailedPrecondition("this worker has not been started"))
+    if operation == "start" and started:
+        return channel.error_answer(FailedPrecondition("this worker serves a device already"))
+    if (operation, fault) in {("start", "mute"), ("resize", "deaf"), ("release", "stuck")}:
+        return None
+    if (operation, fault) == ("start", "die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = _ERRORS.get((operation, fault))
+    if error is not None and message.get("backend") != {"kind": "error"}:  # which needs no image
+        return channel.error_answer(error)
+    answers = {
+        "stats": {
+            "broken": fault == "broken",
+            "operations": [_READ],
+            "in_flight": 2,
+            "features": 7,
+            "device_status": 15,
+            "capacity_bytes": 64 << 20,
+        },
+        "release": {"released": fault != "slow" or message.get("abandon", False)},
+    }
+    return {"ok": True, **answers.get(operation, {})}
+
+
+_ERRORS = {
+    ("start", "refuse"): FailedPrecondition("the image is missing", hint="make it"),
+    ("start", "foreign log"): DataLoss("the in-flight log is not of this device"),
+    ("prepare", "old log"): DataLoss("the in-flight log is of version 2"),
+}
+_READ = {
+    "operation": "read",
+    "count": 3,
+    "bytes": 4096,
+    "errors": 1,
+    "latency_sum_s": 0.5,
+    "latency_max_s": 0.25,
+    "latency": [0, 2, 1],
+}
 
 
 @dataclass
@@ -86,6 +117,7 @@ class FakeWorkers:
 
     async def spawn(self, listen_path: Path) -> Any:
         from csi_vduse.agent.workers import Worker
+        from csi_vduse.dataplane.versions import hello_from_json
 
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -94,7 +126,8 @@ class FakeWorkers:
                 pass_fds=[theirs.fileno()],
             )
         self.processes.append(process)
-        return Worker(process.pid, os.pidfd_open(process.pid), ours, str(listen_path))
+        hello = hello_from_json({} if self.fault == "ancient" else versions.hello(started=False))
+        return Worker(process.pid, os.pidfd_open(process.pid), ours, str(listen_path), hello)
 
     def running(self) -> int:
         return sum(process.poll() is None for process in self.processes)

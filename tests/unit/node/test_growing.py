@@ -126,7 +126,8 @@ async def test_stats_of_a_path_where_the_volume_is_not_are_not_found(loop_node: 
 
 
 @pytest.mark.parametrize(
-    ("state", "reason"), [(State.WORKER_DEAD, "WorkerDead"), (State.BROKEN, "DeviceBroken")]
+    ("state", "reason"),
+    [(State.WORKER_DEAD, "WorkerDead"), (State.STALLED, "Stalled"), (State.BROKEN, "DeviceBroken")],
 )
 async def test_trouble_of_the_device_is_a_finding(loop_node: LoopNode, state: State, reason: str) -> None:
     volume = await loop_node.create()

@@ -70,6 +70,13 @@ def test_whoever_holds_a_device_open_is_named(tmp_path: Path):
     sysfs = Sysfs(Roots(proc=tmp_path))
     assert sysfs.openers(BusDevice(Path("/dev/vhost-vdpa-0"), major, minor)) == ["4242 (dd)"]
     assert sysfs.openers(BusDevice(Path("/dev/vda"), major, minor)) == []  # a character device is no disk
+    # What is on a file system whose server may be away is not looked at: that could last for ever.
+    (process / "mountinfo").write_text("36 35 0:50 / /far rw - fuse.sshfs user@far rw\n")
+    (process / "fdinfo").mkdir()
+    (process / "fdinfo/3").write_text("pos:\t0\nflags:\t02\nmnt_id:\t36\n")
+    assert sysfs.openers(BusDevice(Path("/dev/vhost-vdpa-0"), major, minor)) == []
+    (process / "fdinfo/3").write_text("pos:\t0\nflags:\t02\nmnt_id:\t35\n")
+    assert sysfs.openers(BusDevice(Path("/dev/vhost-vdpa-0"), major, minor)) == ["4242 (dd)"]
 
 
 async def test_a_bus_driver_that_is_not_loaded_is_named(tmp_path: Path):

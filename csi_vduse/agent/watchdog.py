@@ -1,0 +1,55 @@
+"""Ends workers that do not answer any more, stopped or stuck, before the kernel gives their devices up.
+
+A worker has msg_timeout (30 s) for the answer to a control message, and a device that misses one is lost for good.
+A worker that is killed in time is replaced, and the kernel asks its successor: all that the application sees is a pause.
+
+Kept true: whoever is killed has had longer than a healthy worker can be busy (a drain, 5 s and a little for each
+queue), and what is left of msg_timeout is enough to start another one. He is asked twice: where the whole machine
+stood still, the first answer is late for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+from csi_vduse import log
+from csi_vduse.agent.attachments import Attachments
+from csi_vduse.agent.workers import Worker
+from csi_vduse.errors import DeadlineExceeded, VduseError
+
+PAUSE_S: Final = 3.0
+ANSWER_TIMEOUT_S: Final = 12.0
+SECOND_TIMEOUT_S: Final = 3.0
+
+
+class Watchdog:
+    """Asks every worker of these volumes, again and again, until closed."""
+
+    def __init__(self, volumes: Attachments) -> None:
+        self._volumes = volumes
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop asking."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(PAUSE_S)
+            await asyncio.gather(*(self._ask(*item) for item in self._volumes.workers.items()))
+
+    async def _ask(self, volume_id: str, worker: Worker) -> None:
+        for timeout_s in (ANSWER_TIMEOUT_S, SECOND_TIMEOUT_S):
+            try:
+                await worker.call({"op": "ping"}, timeout_s=timeout_s)
+            except DeadlineExceeded:
+                continue
+            except VduseError:
+                pass  # it is dead already, which others see to
+            return
+        log.get().error("a worker does not answer; it is killed", volume_id=volume_id, pid=worker.pid)
+        worker.shoot()

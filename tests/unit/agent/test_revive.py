@@ -1,0 +1,109 @@
+"""When a volume whose worker died gets another one, and how long it waits for that."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from csi_vduse.agent import revive
+from csi_vduse.agent.revive import Reviver
+from csi_vduse.errors import DataLoss, Unavailable
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were made; they take no time."""
+    made: list[float] = []
+    sleep = asyncio.sleep
+
+    async def pause(seconds: float) -> None:
+        made.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    return made
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the time is: its only element."""
+    now = [1000.0]
+    monkeypatch.setattr(revive.time, "monotonic", lambda: now[0])
+    return now
+
+
+async def ended(reviver: Reviver) -> None:
+    while reviver._tasks:
+        await asyncio.gather(*reviver._tasks.values(), return_exceptions=True)
+
+
+async def test_a_worker_that_dies_before_its_start_is_over_is_replaced_too(pauses: list[float]):
+    """It was found, held, and dead at once: its death came while its finder still ran, and was overheard."""
+    starts = 0
+
+    async def start(volume_id: str) -> None:
+        nonlocal starts
+        starts += 1
+        if starts == 1:
+            reviver.worker_died(volume_id)
+
+    reviver = Reviver(start)
+    reviver.worker_died("vol")
+    await ended(reviver)
+    assert starts == 2
+    assert pauses == [0.0, 0.2]
+
+
+async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
+    pauses: list[float], clock: list[float]
+):
+    async def start(_volume_id: str) -> None: ...
+
+    reviver = Reviver(start)
+    for _ in range(10):
+        reviver.worker_died("vol")
+        assert reviver.stalled("vol") == (len(pauses) >= len(revive.DELAYS_S))
+        await ended(reviver)
+    assert pauses == [*revive.DELAYS_S, 30.0, 30.0]
+
+
+async def test_a_worker_that_had_served_for_a_while_is_replaced_at_once(
+    pauses: list[float], clock: list[float]
+):
+    async def start(_volume_id: str) -> None: ...
+
+    reviver = Reviver(start)
+    for _ in range(3):
+        reviver.worker_died("vol")
+        await ended(reviver)
+        clock[0] += revive.CALM_S
+    assert pauses == [0.0, 0.0, 0.0]
+
+
+async def test_what_cannot_be_started_is_tried_again_and_a_log_that_does_not_fit_is_not(pauses: list[float]):
+    errors = [Unavailable("away"), Unavailable("away"), DataLoss("no log of ours")]
+
+    async def start(_volume_id: str) -> None:
+        raise errors.pop(0)
+
+    reviver = Reviver(start)
+    reviver.worker_died("vol")
+    await ended(reviver)
+    assert errors == []
+    assert "no log of ours" in reviver.reason("vol")
+    assert reviver.stalled("vol")
+
+
+async def test_nobody_looks_for_a_worker_after_a_stop(pauses: list[float]):
+    reached = asyncio.Event()
+
+    async def start(_volume_id: str) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    reviver = Reviver(start)
+    reviver.worker_died("vol")
+    await reached.wait()
+    await reviver.stop("vol")
+    assert not reviver._tasks
