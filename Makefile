@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-helm cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,7 @@ demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
 
 test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite
 	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-helm && \
+		$(MAKE) --no-print-directory test-sanity && \
 		$(MAKE) --no-print-directory test-ring && \
 		$(MAKE) --no-print-directory test-fuzz && \
 		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm)
@@ -48,6 +49,10 @@ test-unit: install ## unit tests: seconds, no kernel
 test-helm: install ## the Helm chart: lint, schema, renders, rights; builds Helm once
 	@tools/build_helm.sh >/dev/null
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/helm)
+
+test-sanity: install ## csi-sanity natively: standalone, and controller and node plugin over custom resources
+	@tools/build_csi_sanity.sh >/dev/null
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/sanity)
 
 test-ring: install ## the C engine against a driver of the tests, under ASan, UBSan and TSan
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/ring)

@@ -42,6 +42,8 @@ from csi_vduse.services.snapshotting import Snapshotter
 from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 from csi_vduse.volumes.topology import node_segments
 
+# Calls after which what is attached may have changed.
+_ATTACHING = frozenset({"NodeStageVolume", "NodeUnstageVolume"})
 _AGENT_PERIOD_S = 2.0
 _TAINT_PERIOD_S = 5.0
 _SCRAPE_TIMEOUT_S = 15.0
@@ -101,6 +103,13 @@ async def serving(
         stack.callback(pools.close)
         await stack.enter_async_context(http.serving(config.http_address, checks))
         stack.enter_context(metrics.collecting(_reader(agent)))
+        attached = asyncio.Event()
+
+        def observe(method: str, code: str, seconds: float) -> None:
+            metrics.observe_rpc(method, code, seconds)
+            if method in _ATTACHING:
+                attached.set()
+
         context = NodeContext(
             node_id=config.node_id,
             agent=agent,
@@ -113,7 +122,7 @@ async def serving(
                 partial(csi_pb2_grpc.add_IdentityServicer_to_server, Identity(agent)),
                 partial(csi_pb2_grpc.add_NodeServicer_to_server, make_node(context)),
             ],
-            observe=metrics.observe_rpc,
+            observe=observe,
             table=locks,
         )
         stack.push_async_callback(server.stop)
@@ -126,6 +135,7 @@ async def serving(
                 agent=agent,
                 locks=locks,
                 fitness=fitness,
+                attached=attached,
             )
         )
         registering = asyncio.create_task(_register(config, registration, agent, fitness))
@@ -143,6 +153,7 @@ async def _working(
     agent: Agent,
     locks: LockTable,
     fitness: Fitness,
+    attached: asyncio.Event,
 ) -> AsyncIterator[None]:
     """Work for this node's pools, and tell how they are."""
     selector = f"spec.nodeName={config.node_id}"
@@ -182,6 +193,7 @@ async def _working(
         reservations=reservations,
         agent=agent,
         on_probe=fitness.heard,
+        attached=attached,
     )
     tasks = [asyncio.create_task(work.run()), asyncio.create_task(status.run())]
     async with mirroring(volumes, snapshots):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import platform
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from csi_vduse import __version__, log, metrics
@@ -20,7 +20,7 @@ from csi_vduse.backends.base import Backend
 from csi_vduse.backends.pools import Pools
 from csi_vduse.errors import AlreadyExists, NotFound, VduseError
 from csi_vduse.kube import events
-from csi_vduse.kube.api import ApiServer, Conflict
+from csi_vduse.kube.api import ApiServer, Conflict, pause
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import API_VERSION, CORE_NODES, NODES, VOLUMES, Object, name_of
 from csi_vduse.node.context import Observed
@@ -35,6 +35,7 @@ from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 NODE_PERIOD_S = 30.0
 VOLUME_PERIOD_S = 5.0
 _IMAGE_PERIOD_S = 60.0
+_RETRY_S = 2.0
 
 Announce = Callable[[Probe], None]
 
@@ -51,6 +52,7 @@ class NodeStatus:
         reservations: knows what room they have left.
         agent: this node's.
         on_probe: told what every probe of the agent found.
+        attached: set when something was attached or detached: that is told at once.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class NodeStatus:
         reservations: Reservations,
         agent: Agent,
         on_probe: Announce,
+        attached: asyncio.Event,
     ) -> None:
         self._node = node
         self._api = api
@@ -74,13 +77,14 @@ class NodeStatus:
         self._agent = agent
         self._on_probe = on_probe
         self._fit: bool | None = None
+        self._attached = attached
         self._problems: dict[str, str] = {}
 
     async def run(self) -> None:
         """Tell until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(_every(NODE_PERIOD_S, self.tell_node))
-            group.create_task(_every(VOLUME_PERIOD_S, self.tell_volumes))
+            group.create_task(_every(VOLUME_PERIOD_S, self.tell_volumes, self._attached))
             group.create_task(_every(_IMAGE_PERIOD_S, self.look_at_images))
 
     async def tell_node(self) -> None:
@@ -162,10 +166,10 @@ class NodeStatus:
         status: Object = {"name": backend.name, "kind": backend.kind}
         try:
             usage = await backend.usage()
-            available_bytes = await self._reservations.available(backend)
         except VduseError as error:
             metrics.observe_pool(backend.name, total_bytes=0, available_bytes=0)
             return {**status, "problem": str(error)}
+        available_bytes = await self._reservations.available(backend)
         metrics.observe_pool(backend.name, total_bytes=usage.total_bytes, available_bytes=available_bytes)
         return {
             **status,
@@ -211,15 +215,25 @@ def _adding(status: Object) -> Callable[[Object], Object]:
     return lambda now: {**now.get("status", {}), **status}
 
 
-async def _every(period_s: float, act: Callable[[], object]) -> None:
-    """Do it now and then again and again; what fails is logged and tried the next time."""
+async def _every(
+    period_s: float, act: Callable[[], Awaitable[None]], wake: asyncio.Event | None = None
+) -> None:
+    """Do it now and then again and again; what fails is logged and tried again soon.
+
+    Args:
+        period_s: at least so often.
+        act: what.
+        wake: also when this is set.
+    """
+    wake = wake or asyncio.Event()
     while True:
+        wait_s = period_s
+        wake.clear()
         try:
-            result = act()
-            if asyncio.iscoroutine(result):
-                await result
+            await act()
         except VduseError as error:
             log.get().warning("the node's status was not told", error=str(error))
+            wait_s = min(period_s, _RETRY_S)
         except Exception:  # noqa: BLE001 - telling must not end the process
             log.get().exception("unexpected error")
-        await asyncio.sleep(period_s)
+        await pause(wait_s, wake)

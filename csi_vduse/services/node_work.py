@@ -79,6 +79,8 @@ class NodeWork:
         self._locks = locks
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
+        self._running: set[Key] = set()
+        self._again: set[Key] = set()
         self._delays_s: dict[Key, float] = {}
         for resource, mirror in self._mirrors.items():
             mirror.listen(self._listener(resource))
@@ -101,6 +103,10 @@ class NodeWork:
         while True:
             key = await self._queue.get()
             self._queued.discard(key)
+            if key in self._running:  # it changed while another of us works on it: look again afterwards
+                self._again.add(key)
+                continue
+            self._running.add(key)
             resource, name = key
             with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
                 try:
@@ -115,6 +121,11 @@ class NodeWork:
                 except Exception:  # noqa: BLE001 - one object must not stop the work on the others
                     log.get().exception("unexpected error")
                     self._retry(key, None)
+                finally:
+                    self._running.discard(key)
+            if key in self._again:
+                self._again.discard(key)
+                self._enqueue(key)
 
     async def _look_and_act(self, resource: Resource, name: str) -> None:
         found = await self._api.get(resource, name)
@@ -130,8 +141,11 @@ class NodeWork:
             await self._report(resource, found, step, error)
             if isinstance(error, _TRANSIENT) or step is Step.DELETE:
                 raise
+            return
         finally:
             self._locks.release(keys)
+        # Not under the lock: a volume that is ready is wanted at once, and its stage must not meet us.
+        await self._mark(resource, found, step)
         self._enqueue((resource, name))  # there may be another step
 
     async def _act(self, resource: Resource, found: Object, step: Step) -> None:
@@ -139,9 +153,7 @@ class NodeWork:
         log.get().info("working", step=step.name)
         if step is Step.DELETE:
             await (self._provisioner if resource is VOLUMES else self._snapshotter).delete(name)
-            await self._mark(resource, found, state=objects.DELETED)
-            return
-        if resource is SNAPSHOTS:
+        elif resource is SNAPSHOTS:
             spec = found["spec"]
             await self._snapshotter.create(CreateSnapshot(spec["snapshotName"], spec["sourceVolumeId"], None))
         elif step is Step.CREATE:
@@ -152,16 +164,18 @@ class NodeWork:
         elif step is Step.OBSERVE:
             with suppress(NotFound):  # not attached: the next attach has them
                 await self._agent.throttle(name, objects.throttle_of(found))
-        await self._mark(resource, found, expandingToBytes=0 if resource is VOLUMES else None)
 
-    async def _mark(self, resource: Resource, found: Object, **fields: object) -> None:
+    async def _mark(self, resource: Resource, found: Object, step: Step) -> None:
         """Record that the spec, as it was when we looked, is met."""
-        generation = found["metadata"]["generation"]
-        known = {key: value for key, value in fields.items() if value is not None}
+        known: Object = {"observedGeneration": found["metadata"]["generation"]}
+        if step is Step.DELETE:
+            known["state"] = objects.DELETED
+        elif step is Step.FORGET_EXPANSION:
+            known["expandingToBytes"] = 0
 
         def met(now: Object) -> Object:
             kept = {key: value for key, value in now.get("status", {}).items() if key != "error"}
-            return {**kept, **known, "observedGeneration": generation}
+            return {**kept, **known}
 
         with suppress(NotFound):
             await self._registry.update_status(resource, name_of(found), met)

@@ -61,8 +61,8 @@ class NodesView:
         self._snapshots = snapshots
 
     def segments(self, volume: Volume) -> Segments:
-        """Return the volume's node."""
-        return node_segments(volume.node)
+        """Return the volume's node; nothing for one that every node can use."""
+        return node_segments(volume.node) if volume.node else {}
 
     async def problem(self, volume: Volume) -> str:
         """Return what the volume's node says is wrong with it."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from csi_vduse.errors import AlreadyExists, InvalidArgument
-from csi_vduse.services.validation import CreateVolume
+from csi_vduse.errors import AlreadyExists, InvalidArgument, OutOfRange
+from csi_vduse.services.validation import CreateVolume, ExpandVolume
 from csi_vduse.volumes import sizes
 from csi_vduse.volumes.model import Snapshot, State, Volume
 from csi_vduse.volumes.policy import Use, objection
@@ -110,6 +110,27 @@ def require_same(
             f"volume {request.name!r} exists and differs: {text}",
             hint="use another name, or delete it first",
         )
+
+
+def grown_bytes(volume: Volume, request: ExpandVolume) -> int:
+    """Return the capacity that a volume is to have: what it has, if that is enough.
+
+    Raises:
+        InvalidArgument: it cannot be used as the request says.
+        OutOfRange: it is larger than the limit, and volumes do not shrink; or no size fits.
+    """
+    if request.use is not None:
+        require_possible((request.use,), volume)
+    if volume.capacity_bytes < request.wanted.required_bytes:
+        return sizes.choose(
+            request.wanted, smallest_bytes=volume.capacity_bytes, default_bytes=volume.capacity_bytes
+        )
+    if not request.wanted.allows(volume.capacity_bytes):
+        raise OutOfRange(
+            f"volume {volume.id} has {volume.capacity_bytes} bytes, the limit is "
+            f"{request.wanted.limit_bytes}; volumes do not shrink"
+        )
+    return volume.capacity_bytes
 
 
 def mismatch(volume: Volume, uses: tuple[Use, ...]) -> str:

@@ -22,7 +22,6 @@ from csi_vduse.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     ResourceExhausted,
     Unavailable,
     VduseError,
@@ -30,15 +29,14 @@ from csi_vduse.errors import (
 from csi_vduse.services.agent_port import Agent
 from csi_vduse.services.copies import Copies
 from csi_vduse.services.planning import (
+    grown_bytes,
     mismatch,
     new_volume,
-    require_possible,
     require_same,
     require_source_in,
 )
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import CreateVolume, ExpandVolume
-from csi_vduse.volumes import sizes
 from csi_vduse.volumes.ids import volume_id as volume_id_of
 from csi_vduse.volumes.model import Snapshot, SourceKind, State, Volume
 from csi_vduse.volumes.parameters import parse_mutable
@@ -153,18 +151,9 @@ class Provisioner:
             DataLoss: the image is missing or truncated.
         """
         volume = await self.ready_volume(request.volume_id)
-        if request.use is not None:
-            require_possible((request.use,), volume)
-        if volume.capacity_bytes >= request.wanted.required_bytes:
-            if not request.wanted.allows(volume.capacity_bytes):
-                raise OutOfRange(
-                    f"volume {volume.id} has {volume.capacity_bytes} bytes, the limit is "
-                    f"{request.wanted.limit_bytes}; volumes do not shrink"
-                )
+        capacity_bytes = grown_bytes(volume, request)
+        if capacity_bytes == volume.capacity_bytes:
             return volume
-        capacity_bytes = sizes.choose(
-            request.wanted, smallest_bytes=volume.capacity_bytes, default_bytes=volume.capacity_bytes
-        )
         backend = self._pools.holding(volume.pool)
         await self._reservations.reserve(
             backend,

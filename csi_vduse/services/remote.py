@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from csi_vduse.errors import (
     AlreadyExists,
@@ -19,7 +20,6 @@ from csi_vduse.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     Pending,
     ResourceExhausted,
     Unavailable,
@@ -30,16 +30,15 @@ from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, is_going
 from csi_vduse.services.nodes_view import NodesView, default_pool
 from csi_vduse.services.planning import (
+    grown_bytes,
     mismatch,
     new_volume,
-    require_possible,
     require_same,
     require_source_in,
 )
 from csi_vduse.services.validation import CreateSnapshot, CreateVolume, ExpandVolume
 from csi_vduse.services.waiting import WAIT_S, wait_gone, wait_settled
 from csi_vduse.volumes import kubernetes_objects as objects
-from csi_vduse.volumes import sizes
 from csi_vduse.volumes.ids import is_snapshot_id, is_volume_id
 from csi_vduse.volumes.ids import snapshot_id as snapshot_id_of
 from csi_vduse.volumes.ids import volume_id as volume_id_of
@@ -50,6 +49,7 @@ from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 from csi_vduse.volumes.topology import node_segments, satisfies
 
 _THROTTLE_WAIT_S = 20.0
+_DETACH_WAIT_S = 8.0
 
 
 class RemoteProvisioner:
@@ -117,7 +117,12 @@ class RemoteProvisioner:
         found = await self._api.get(VOLUMES, volume_id) if is_volume_id(volume_id) else None
         if found is None:
             return
-        attachment = found.get("status", {}).get("attachment")
+        if _attachment(found):
+            with suppress(DeadlineExceeded):  # detached just now, perhaps, and its node has not said so yet
+                found = await self._volumes.wait_for(
+                    volume_id, lambda now: not _attachment(now), timeout_s=_DETACH_WAIT_S, what="its detach"
+                )
+        attachment = _attachment(found)
         if attachment:
             raise FailedPrecondition(
                 f"volume {volume_id!r} is in use on {attachment.get('node')}: device {attachment.get('device')}",
@@ -136,18 +141,9 @@ class RemoteProvisioner:
             VduseError: what the node says; the volume keeps its size.
         """
         volume = await self.ready_volume(request.volume_id)
-        if request.use is not None:
-            require_possible((request.use,), volume)
-        if volume.capacity_bytes >= request.wanted.required_bytes:
-            if not request.wanted.allows(volume.capacity_bytes):
-                raise OutOfRange(
-                    f"volume {volume.id} has {volume.capacity_bytes} bytes, the limit is "
-                    f"{request.wanted.limit_bytes}; volumes do not shrink"
-                )
+        wanted_bytes = grown_bytes(volume, request)
+        if wanted_bytes == volume.capacity_bytes:
             return volume
-        wanted_bytes = sizes.choose(
-            request.wanted, smallest_bytes=volume.capacity_bytes, default_bytes=volume.capacity_bytes
-        )
         found = await self._set_capacity(volume.id, wanted_bytes)
         found = await self._done(
             volume.id,
@@ -353,6 +349,11 @@ class RemoteSnapshotter:
             block_size_bytes=volume.parameters.block_size_bytes,
             node=volume.node,
         )
+
+
+def _attachment(found: Object | None) -> Object | None:
+    attachment: Object | None = ((found or {}).get("status") or {}).get("attachment")
+    return attachment
 
 
 def _require_same_snapshot(found: Object, request: CreateSnapshot) -> None:

@@ -63,6 +63,18 @@ async def test_it_starts_while_the_api_is_away(cluster):
     cluster.server.away = False
 
 
+async def test_an_api_that_stutters_is_no_problem_of_the_pool(cluster, monkeypatch):
+    """Seen with a real server: a CRD made a moment ago cannot be listed yet, and the pool had no room for it."""
+    monkeypatch.setattr("csi_vduse.services.node_status._RETRY_S", 0.05)
+    cluster.server.failing = "/vdusesnapshots"
+    await cluster.start_node("n1")
+    await until(lambda: cluster.server.requests.count("GET /apis/csi.vduse.dev/v1alpha1/vdusesnapshots") > 5)
+    assert cluster.server.object(NODES.named("n1")) is None
+    cluster.server.failing = ""
+    await until(lambda: (cluster.server.object(NODES.named("n1")) or {}).get("status"))
+    assert "problem" not in cluster.server.object(NODES.named("n1"))["status"]["pools"][0]
+
+
 async def test_the_controller_tells_whether_it_can_answer(cluster):
     await until(lambda: cluster.server.requests)
     assert (await http(cluster.http, "/healthz"))[0] == 200

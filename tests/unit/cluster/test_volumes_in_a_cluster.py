@@ -139,9 +139,9 @@ async def test_what_a_node_cannot_make_is_answered_with_its_words_and_leaves_not
 
 
 async def test_a_node_that_is_down_is_waited_for_and_the_next_call_goes_on(cluster, one_node, monkeypatch):
-    monkeypatch.setattr(waiting, "WAIT_S", 0.3)
     await create_when_known(cluster, "first")
     await cluster.stop("n1")
+    monkeypatch.setattr(waiting, "WAIT_S", 0.3)
     error = await failure(cluster.create("second"))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     monkeypatch.setattr(waiting, "WAIT_S", TIMEOUT_S)

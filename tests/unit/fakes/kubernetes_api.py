@@ -3,8 +3,8 @@
 Honest where clients go wrong: a write with a stale resourceVersion is 409 Conflict; a PUT of an object leaves
 its status and a PUT of a status leaves the rest; `generation` grows with the spec only; a deleted object with
 finalizers stays until they are gone; a watch begins after its resourceVersion and is 410 if that was
-forgotten; a selector that stops matching is a DELETED event. `away` refuses connections' requests, as a server
-that is restarting does.
+forgotten; a selector that stops matching is a DELETED event. `away` refuses every request, as a server that
+is restarting does, and `failing` those of a path that ends so.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.url = ""
         self.away = False
+        self.failing = ""
         self.forgotten = 0
         self.requests: list[str] = []
         self.before_put: list[Any] = []
@@ -71,7 +72,7 @@ class FakeApi:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911 - a table of verbs
         self.requests.append(f"{request.method} {request.path}")
-        if self.away:
+        if self.away or (self.failing and request.path.endswith(self.failing)):
             return _failure(503, "ServiceUnavailable", "the server is away")
         path, status = request.path, False
         if path.endswith("/status"):
