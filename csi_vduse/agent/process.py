@@ -61,7 +61,7 @@ async def _serve(config: AgentConfig, spawner_socket: socket.socket, companion: 
     async with AsyncExitStack() as stack:
         _make_run_dir(config.run_dir)
         if config.ready_file is not None:
-            config.ready_file.unlink(missing_ok=True)
+            _not_ready(config.ready_file)
         await stack.enter_async_context(only_agent(config))
         spawner = SpawnerClient(spawner_socket, stop.set)
         stack.push_async_callback(spawner.close)
@@ -109,6 +109,14 @@ async def _get_ready(config: AgentConfig, agent: Agent) -> None:
     if config.ready_file is not None:
         config.ready_file.touch()
     log.get().info("ready", socket=str(config.socket_path), problems=list(agent.probe().problems))
+
+
+def _not_ready(ready_file: Path) -> None:
+    try:
+        ready_file.parent.mkdir(parents=True, exist_ok=True)
+        ready_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(f"ready file {ready_file} cannot be made: {error.strerror}") from error
 
 
 async def _first(*events: asyncio.Event) -> asyncio.Event:

@@ -71,7 +71,8 @@ def test_from_a_release_to_the_next_and_back_as_a_surging_daemon_set_does_it(
 ):
     ours = csi_vduse.__version__
     path = attach(own, image, queues=2).path
-    with verified_writing(path, "--ioengine=libaio", "--iodepth=8", "--numjobs=2", "--size=4M") as fio:
+    options = ("--ioengine=libaio", "--iodepth=8", "--numjobs=2", "--offset_increment=4M", "--size=4M")
+    with verified_writing(path, *options) as fio:
         wait_until(lambda: writes(own) > 50, "writing")
         old: RunningAgent = own
         for version in (NEXT, ours):

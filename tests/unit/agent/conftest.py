@@ -26,5 +26,5 @@ def workers() -> Iterator[FakeWorkers]:
 
 @pytest.fixture
 def node(kernel: FakeKernel, workers: FakeWorkers, tmp_path: Path) -> Node:
-    config = AgentConfig(run_dir=tmp_path / "run", step_timeout_s=2, max_volumes=3)
+    config = AgentConfig(run_dir=tmp_path / "run", step_timeout_s=5, max_volumes=3)
     return Node(config, kernel, kernel, kernel.sysfs, workers, Store(config.run_dir / "volumes"))

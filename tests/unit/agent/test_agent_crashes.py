@@ -30,7 +30,7 @@ def life(monkeypatch: pytest.MonkeyPatch) -> Life:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -117,8 +117,8 @@ async def test_killed_in_a_detach_the_next_agent_ends_it_or_serves_the_volume(
         await _dies_in(act, node, life, step, after=after)
         successor = Agent(node, exit_code=lambda _: None)
         await successor.recover()
+        await until(lambda agent=successor: all(a.state is State.ATTACHED for a in agent.attachments()))
         if successor.attachments():
-            await until(lambda agent=successor: agent.attachments()[0].state is State.ATTACHED)
             assert (await successor.inspect("vol-1")).stats is not None
             await act(successor)
         assert kernel.devices == {}
