@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-chaos chaos test-helm test-sanity bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,24 @@ chaos: chaos-tools ## the same hundreds of times: hours; CHAOS_SEED=N repeats th
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host --chaos=long --chaos-seed=$(CHAOS_SEED) && \
 		$(BIN)/python -m lab run --timeout 28800 -- $(BIN)/python -m pytest -q -p no:cacheprovider \
 			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED) --junitxml=$(RESULTS)/chaos-long.xml)
+
+cluster-deps: lab-deps
+	@lab/install-cluster-deps.sh
+
+cluster-build: cluster-deps ## what the cluster lab is made of, into the cache: Kubernetes from source, images
+	@$(call TIMED,$(BIN)/python -m lab.cluster build)
+
+cluster-up: cluster-deps ## a Kubernetes cluster of two VMs with VDUSE kernels; kubectl: python -m lab.cluster kubectl
+	@$(call TIMED,$(BIN)/python -m lab.cluster up)
+
+cluster-down: install ## end the cluster
+	@$(BIN)/python -m lab.cluster down
+
+demo-kubernetes: cluster-deps ## Helm install, a volume's life with kubectl, nothing left: on the cluster, started if need be
+	@$(call TIMED,$(BIN)/python -m lab.demo_kubernetes)
+
+test-e2e: cluster-deps ## the demo's steps with assertions, on the cluster, started if need be
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh

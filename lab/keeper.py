@@ -15,7 +15,8 @@ import sys
 
 def main(argv: list[str]) -> int:
     """Run the command until it ends, or until the pipe says that nobody wants it; returns its exit code."""
-    command = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    # QEMU needs what we were given: the machine's lock, and the tap devices behind its cards.
+    command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, close_fds=False)
     ended = os.pidfd_open(command.pid)
     pipe = sys.stdin.fileno()
     if pipe in select.select([pipe, ended], [], [])[0] and not os.read(pipe, 1):

@@ -33,6 +33,7 @@ from lab import kernel as kernels
 from lab.channel import Channel, Command, Completed
 from lab.errors import BootError, CommandTimeout, GuestDied, GuestHung, GuestPanic, LabError
 from lab.paths import CHECKOUT, machines_dir, results_dir
+from lab.tap import Nic
 
 GIB = 1 << 30
 BOOT_S = 300.0
@@ -62,28 +63,30 @@ class Machine:
         cpus: int = 2,
         scratch_bytes: int = 2 * GIB,
         disk_bytes: int = 0,
+        nic: Nic | None = None,
         kernel: str | None = None,
     ) -> None:
         """Describe a machine; `boot` or the context manager starts it.
 
         name: None takes the first free of vm0, vm1, ...; memory: QEMU's notation; scratch_bytes: size of the
         tmpfs on /mnt/scratch; disk_bytes: size of a blank SCSI disk (`DISK`), that keeps its content over
-        `power_cut`; kernel: see `lab.kernel`.
+        `power_cut`; nic: a second network card; kernel: see `lab.kernel`.
         """
         self.boot_s = 0.0
         self._name = name
-        self._hardware = qemu.Hardware(memory, cpus, disk_bytes, scratch_bytes)
+        self._hardware = qemu.Hardware(memory, cpus, disk_bytes, scratch_bytes, nic)
         self._kernel = kernel
         self._lock: int | None = None
         self._running: _Running | None = None
 
     @classmethod
-    def find(cls, name: str) -> "Machine":
+    def find(cls, name: str, *, nic: Nic | None = None) -> "Machine":
         """The running machine of that name, booted by another process.
 
+        nic: the second network card that it was booted with, which a boot after `power_cut` needs.
         Raises LabError when there is none.
         """
-        machine = cls(name)
+        machine = cls(name, nic=nic)
         if machine._try_lock(name):
             machine._unlock()
             raise LabError(f"no machine `{name}` is running; `python -m lab up --name {name}` starts one")
@@ -92,6 +95,7 @@ class Machine:
             found = qemu.Qemu(state["qemu_pid"])
         except (FileNotFoundError, ProcessLookupError) as error:
             raise LabError(f"the machine `{name}` is booting or going down; try again in a moment") from error
+        machine._hardware = qemu.Hardware(**state["hardware"], nic=nic)
         machine._running = _Running(found, Channel(machine.folder / "ssh_config"))
         machine.boot_s = state["boot_s"]
         return machine
@@ -152,7 +156,8 @@ class Machine:
             self._running = self._boot_somehow(kernel, daemon, use_kvm=use_kvm, deadline=started + BOOT_S)
             undo.pop_all()
         self.boot_s = time.monotonic() - started
-        state = {"qemu_pid": self._running.qemu.pid, "boot_s": self.boot_s}
+        hardware = {name: value for name, value in vars(self._hardware).items() if name != "nic"}
+        state = {"qemu_pid": self._running.qemu.pid, "boot_s": self.boot_s, "hardware": hardware}
         (self.folder / "state.json").write_text(json.dumps(state))
 
     def power_cut(self) -> None:
@@ -161,6 +166,7 @@ class Machine:
             self._running.channel.close()
             self._running.qemu.kill()
             self._running = None
+            self._keep_name()
 
     def stop(self) -> None:
         """End the machine and remove its folder; the kernel's log stays. Nothing happens when it is down."""
@@ -171,11 +177,7 @@ class Machine:
                 self.run(["sync"], timeout_s=qemu.STOP_S)
         self.power_cut()
         self._unlock()
-        deadline = time.monotonic() + qemu.STOP_S
-        while not self._try_lock(self.name):  # virtme-ng's helpers may need a moment to go
-            if time.monotonic() > deadline:
-                raise LabError(f"something of the machine `{self.name}` is left; see {self.folder}")
-            time.sleep(0.02)
+        self._keep_name()
         self._forget()
 
     def detach(self) -> None:
@@ -354,6 +356,14 @@ class Machine:
         self._lock = file
         return True
 
+    def _keep_name(self) -> None:
+        """Take the lock when QEMU had it alone, as with a machine that another process booted."""
+        deadline = time.monotonic() + qemu.STOP_S
+        while self._lock is None and not self._try_lock(self.name):
+            if time.monotonic() > deadline:  # virtme-ng's helpers may need a moment to go
+                raise LabError(f"something of the machine `{self.name}` is left; see {self.folder}")
+            time.sleep(0.02)
+
     def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -378,7 +388,11 @@ class Machine:
             if not (folder / key).exists():
                 argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(folder / key)]
                 on_host.run(argv, timeout_s=60)
-        settings = {"checkout": CHECKOUT, "scratch_bytes": self._hardware.scratch_bytes}
+        settings = {
+            "checkout": CHECKOUT,
+            "scratch_bytes": self._hardware.scratch_bytes,
+            "ssh_card": qemu.SSH_CARD,
+        }
         lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in settings.items()]
         (folder / "guest.conf").write_text("".join(lines))
         if self._hardware.disk_bytes and not (folder / "disk.img").exists():

@@ -20,8 +20,11 @@ from pathlib import Path
 from lab.errors import LabError, LabSetupError
 from lab.kernel import Kernel
 from lab.paths import CHECKOUT, GUEST_SCRIPTS
+from lab.tap import Nic, open_tap
 
 STOP_S = 30.0
+SSH_CARD = "52:54:00:12:34:56"
+"""Hardware address of the card that the guest's SSH server is reached through; guest/init.sh looks for it."""
 
 _OVERLAYS = ("/etc", "/home", "/mnt", "/opt", "/root", "/srv", "/usr", "/var")
 _TMP = Path("/tmp")  # noqa: S108 -- the guest's, not ours
@@ -41,12 +44,13 @@ _UNWANTED_MODULES = (
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a machine is made of. Sizes in bytes; memory in QEMU's notation (`4G`)."""
+    """What a machine is made of. Sizes in bytes; memory in QEMU's notation (`4G`); nic: a second network card."""
 
     memory: str
     cpus: int
     disk_bytes: int
     scratch_bytes: int
+    nic: Nic | None = None
 
 
 class Qemu:
@@ -105,10 +109,15 @@ def start(
         raise LabSetupError(
             f"{sys.executable} has no virtme-ng; `pip install -e .[dev]` in a virtual environment"
         )
-    command = [sys.executable, "-m", "virtme.commands.run"]
-    command += _options(folder, hardware, kernel, port=port, use_kvm=use_kvm, shared=shared)
     path = f"{virtiofsd.parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    with (folder / "guest.out").open("wb") as out, console.open("ab") as err:
+    with contextlib.ExitStack() as ours:
+        taps = [] if hardware.nic is None else [open_tap(hardware.nic)]
+        for tap in taps:
+            ours.callback(os.close, tap)
+        command = [sys.executable, "-m", "virtme.commands.run"]
+        command += _options(folder, hardware, kernel, port=port, use_kvm=use_kvm, shared=shared, taps=taps)
+        out = ours.enter_context((folder / "guest.out").open("wb"))
+        err = ours.enter_context(console.open("ab"))
         return subprocess.Popen(
             [sys.executable, "-m", "lab.keeper", *command],
             cwd=CHECKOUT,
@@ -116,7 +125,7 @@ def start(
             stdout=out,
             stderr=err,
             env={**os.environ, "PATH": path, "TMPDIR": str(sockets)},
-            pass_fds=[lock],
+            pass_fds=[lock, *taps],
             start_new_session=True,
         )
 
@@ -141,15 +150,25 @@ def free_port() -> int:
 
 
 def _options(
-    folder: Path, hardware: Hardware, kernel: Kernel, *, port: int, use_kvm: bool, shared: Iterable[Path]
+    folder: Path,
+    hardware: Hardware,
+    kernel: Kernel,
+    *,
+    port: int,
+    use_kvm: bool,
+    shared: Iterable[Path],
+    taps: Iterable[int] = (),
 ) -> list[str]:
-    """The arguments of virtme-run."""
+    """The arguments of virtme-run. taps: descriptors of the tap devices behind further cards."""
     overlays = [d for d in _OVERLAYS if Path(d).is_dir() and not Path(d).is_symlink()]
     if any(path.is_relative_to(_TMP) for path in (CHECKOUT, folder, kernel.root, *shared)):
         overlays.append(str(_TMP))
     qemu = ["-pidfile", f"{folder}/qemu.pid"]
     qemu += ["-netdev", f"user,id=lab,hostfwd=tcp:127.0.0.1:{port}-:22"]
-    qemu += ["-device", "virtio-net-pci,netdev=lab"]
+    qemu += ["-device", f"virtio-net-pci,netdev=lab,mac={SSH_CARD}"]
+    for tap in taps:
+        qemu += ["-netdev", f"tap,id=lan,fd={tap}"]
+        qemu += ["-device", f"virtio-net-pci,netdev=lan,mac={hardware.nic.mac if hardware.nic else ''}"]
     if hardware.disk_bytes:
         qemu += ["-device", "virtio-scsi-pci,id=lab-scsi"]
         qemu += ["-drive", f"if=none,id=scratch,format=raw,discard=unmap,file={folder}/disk.img"]

@@ -5,7 +5,7 @@
 set -eu
 machine=$1
 # shellcheck source=/dev/null
-. "$machine/guest.conf"   # checkout, results, scratch_bytes
+. "$machine/guest.conf"   # checkout, scratch_bytes, ssh_card
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mkdir -p /run/lab /run/sshd
@@ -29,7 +29,7 @@ mount -o remount,bind,ro "$checkout"
 
 modprobe virtio_net
 for _ in {1..300}; do
-    card=$(ls /sys/bus/virtio/drivers/virtio_net/virtio*/net 2>/dev/null | tail -1)
+    card=$(grep -lx "$ssh_card" /sys/class/net/*/address 2>/dev/null | cut -d/ -f5)
     [ -z "$card" ] || break
     sleep 0.1
 done
