@@ -70,8 +70,7 @@ class QueueAddress:
     inflight: mmap.mmap | memoryview | None = None
 
 
-# For how long a backend that fails everything (EIO) is taken for one that may come back. One that is full (ENOSPC) is
-# waited for without end.
+# For how long a backend that is full (ENOSPC) or fails (EIO) is taken for one that may come back.
 AWAY_S: Final = 30.0
 
 

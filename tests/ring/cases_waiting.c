@@ -53,7 +53,7 @@ BOTH(writes_to_a_full_file_system_wait_for_room_and_reads_go_on)
     uint32_t i = 0;
 
     small_file_system();
-    rig_open(&rig, (struct plan){ .directory = full_directory });
+    rig_open(&rig, (struct plan){ .directory = full_directory, .away_ms = 60000 });
     struct blk b = blk_new(&rig, 65536), r = blk_new(&rig, 65536);
     for (;; i++) {
         CHECK_EQUAL(blk_do(&rig.q[0], &r, VIRTIO_BLK_T_FLUSH, 0, 0), VIRTIO_BLK_S_OK); /* whose request is used again */

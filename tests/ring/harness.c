@@ -114,6 +114,7 @@ void rig_open(struct rig *rig, struct plan plan)
     rig->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     CHECK(rig->event_fd >= 0);
     rig->config = (struct vd_config){
+        .away_ms = plan.away_ms,
         .max_queues = QUEUES_MAX,
         .block_size_bytes = 512,
         .capacity_bytes = plan.capacity,

@@ -97,6 +97,7 @@ struct plan {
     uint64_t image_bytes;     /* the capacity */
     bool read_only, event_idx, indirect, no_start;
     bool no_flush, packed;    /* the format that the case was asked for */
+    uint32_t away_ms;         /* 0: what fails is told at once */
     uint32_t queues;          /* 1 */
     uint16_t size;            /* 64 */
     uint64_t memory;          /* 8 MiB */

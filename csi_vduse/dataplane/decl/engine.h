@@ -66,7 +66,7 @@ struct vd_config {
     const char *path;         /* of the file backend */
     const struct vd_nbd_config *nbd; /* of the NBD backend */
     char *reason;             /* room for 160 bytes: why the backend could not be opened, in words; or NULL */
-    uint32_t away_ms;         /* for how long a backend that fails everything is taken for one that may come back */
+    uint32_t away_ms;         /* for how long one that is full or fails is taken for one that may come back */
 };
 
 /* What all queues together may start in a second, counting all requests but FLUSH; 0: no limit. */
