@@ -92,7 +92,7 @@ static void submit(struct nbd_queue *nq)
 
     nq->send_message = (struct msghdr){ .msg_iov = nq->send_iov + nq->send_first,
                                         .msg_iovlen = nq->send_count - nq->send_first };
-    io_uring_prep_sendmsg(sqe, nq->link.fd, &nq->send_message, MSG_NOSIGNAL | MSG_WAITALL);
+    io_uring_prep_sendmsg(sqe, nq->link.fd, &nq->send_message, MSG_NOSIGNAL); /* kTLS takes no MSG_WAITALL */
     io_uring_sqe_set_data(sqe, tag);
     nq->sending = true;
     count_up(&nq->queue->stats->remote.sends, 1);
