@@ -19,11 +19,10 @@ PORT = 10809
 
 @dataclass
 class NbdServer:
-    """A server of one export on loopback; argv starts it, pid_file names one that goes on by itself."""
+    """A server of one export on loopback, which argv starts."""
 
     argv: list[str]
     export: str
-    pid_file: Path | None = None
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
@@ -37,13 +36,12 @@ class NbdServer:
     def kill(self) -> None:
         """With all its children: they are its group."""
         assert self.process is not None
-        pid = int(self.pid_file.read_text()) if self.pid_file else self.process.pid
-        os.killpg(os.getpgid(pid), signal.SIGKILL)
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def _answers(self) -> bool:
         assert self.process is not None
-        assert self.pid_file or self.process.poll() is None
+        assert self.process.poll() is None
         with socket.socket() as probe:
             probe.settimeout(10)
             return probe.connect_ex(("127.0.0.1", PORT)) == 0 and bool(probe.recv(1))
@@ -58,15 +56,6 @@ def qemu(image: Path) -> NbdServer:
     argv = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={image},node-name=n,discard=unmap"]
     argv += ["--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={PORT}"]
     return NbdServer([*argv, "--export", "nbd,id=e,node-name=n,name=disk,writable=on"], "disk")
-
-
-def nbd_server(image: Path) -> NbdServer:
-    config = image.with_suffix(".conf")
-    config.write_text(
-        f"[generic]\nlistenaddr = 127.0.0.1\nport = {PORT}\n[disk]\nexportname = {image}\nflush = true\nfua = true\n"
-    )
-    pid_file = image.with_suffix(".pid")
-    return NbdServer(["nbd-server", "-C", str(config), "-p", str(pid_file)], "disk", pid_file)
 
 
 @contextmanager
