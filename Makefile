@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-vm-remote test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,9 +75,16 @@ test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU gue
 test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/lab)
 
+# Remote volumes: not part of `make test` until all of them have passed, as the chaos suite.
+REMOTE := tests/vm/test_nbd.py tests/vm/test_storage_server.py
+
 test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity among it
 	@tools/build_csi_sanity.sh
-	@$(call TIMED,$(IN_VM) tests/vm --junitxml=$(RESULTS)/vm.xml)
+	@$(call TIMED,$(IN_VM) tests/vm $(addprefix --ignore=,$(REMOTE)) -k 'not storage_server' --junitxml=$(RESULTS)/vm.xml)
+
+test-vm-remote: lab-deps ## NBD servers and the storage server, in the VM; not part of `make test` yet
+	@tools/build_csi_sanity.sh
+	@$(call TIMED,$(IN_VM) $(REMOTE) tests/vm/test_sanity.py -k 'nbd or storage_server' --junitxml=$(RESULTS)/vm-remote.xml)
 
 chaos-tools: lab-deps
 	@$(MAKE) --no-print-directory --silent -C tests/chaos
