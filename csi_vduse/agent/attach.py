@@ -106,7 +106,7 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
     geometry, name = device_spec(spec), spec.device_name
-    check_socket_path(node.store.next_control_path(name))
+    check_socket_path(node.store.control_path(name))
     node.store.find(name)  # one that we cannot read is not overwritten
     if node.sysfs.vduse_exists(name) or node.sysfs.vdpa_exists(name):
         raise AlreadyExists(

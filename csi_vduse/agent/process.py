@@ -138,7 +138,7 @@ async def _warm_up(netlink: NetlinkHelper) -> None:
 
 def _make_run_dir(run_dir: Path) -> None:
     # Workers listen below it; this one's name is as long as those of volumes that CSI made.
-    check_socket_path(Store(run_dir / "volumes").next_control_path(device_name("")))
+    check_socket_path(Store(run_dir / "volumes").control_path(device_name("")))
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Where the agent keeps what it knows of its attachments: RUN_DIR/volumes/DEVICE/, on tmpfs.
 
 A directory per attachment: record.json (written before acts), control.sock (the worker listens there),
-next.control.sock (until it serves, the worker of a handover listens there),
+next.sock (until it serves, the worker of a handover listens there),
 inflight.log (what it has in flight, for the worker that comes after it). tmpfs, because everything in it is
 about this boot: devices and workers do not survive one either.
 """
@@ -18,7 +18,7 @@ from csi_vduse.agent.model import Attachment, attachment_from_json, attachment_t
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _RECORD = "record.json"
 _CONTROL = "control.sock"
-_NEXT_CONTROL = "next.control.sock"
+_NEXT_CONTROL = "next.sock"
 _INFLIGHT = "inflight.log"
 
 

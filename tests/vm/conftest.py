@@ -159,7 +159,11 @@ def traces(agent: RunningAgent) -> Traces:
 def worker_sockets(agent: RunningAgent) -> list[int]:
     """Inodes of the control sockets that workers of this agent listen on: one for each living worker."""
     lines = Path("/proc/net/unix").read_text().splitlines()
-    ours = [line.split() for line in lines if str(agent.run_dir) in line and line.endswith("control.sock")]
+    ours = [
+        line.split()
+        for line in lines
+        if str(agent.run_dir) in line and line.endswith(("control.sock", "next.sock"))
+    ]
     listening = "00010000"  # SO_ACCEPTCON, proc_net_unix(5)
     return sorted(int(fields[6]) for fields in ours if fields[3] == listening)
 
