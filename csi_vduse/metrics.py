@@ -179,6 +179,18 @@ class Volume(Protocol):
         """Bounce memory of the device; 0: none."""
 
     @property
+    def waiting(self) -> int:
+        """Of the requests in flight, for a backend that is full or away."""
+
+    @property
+    def unanswered_s(self) -> float:
+        """How long nothing has been answered of what is in flight."""
+
+    @property
+    def stalled_s(self) -> float:
+        """Sum of such times that were longer than a second, as they end."""
+
+    @property
     def remote(self) -> Remote | None:
         """Of a backend behind a network."""
 
@@ -222,6 +234,30 @@ class WorkerCollector:
         yield from _volume_metrics(list(volumes))
 
 
+_GAUGES = {
+    "in_flight": ("csi_vduse_volume_requests_in_flight", "Requests taken and not completed"),
+    "waiting": ("csi_vduse_volume_requests_waiting", "Of them, for a backend that is full or away"),
+    "unanswered_s": (
+        "csi_vduse_volume_unanswered_seconds",
+        "How long nothing has been answered of what is in flight",
+    ),
+    "data_max_bytes": ("csi_vduse_volume_data_in_flight_max_bytes", "Of reads and writes, the most at once"),
+    "bounce_bytes": ("csi_vduse_volume_bounce_size_bytes", "Bounce memory of the device"),
+}
+_COUNTERS = {
+    "kicks": ("csi_vduse_volume_kicks", "Notifications from the driver"),
+    "interrupts": ("csi_vduse_volume_interrupts", "Notifications to the driver"),
+    "batches": ("csi_vduse_volume_batches", "Groups of requests taken together"),
+    "malformed": ("csi_vduse_volume_malformed_requests", "Descriptor chains refused as malformed"),
+    "throttled": ("csi_vduse_volume_throttled", "How often the volume's limits stopped a queue"),
+    "throttled_s": ("csi_vduse_volume_throttled_seconds", "For how long, all queues together"),
+    "stalled_s": (
+        "csi_vduse_volume_stalled_seconds",
+        "With requests in flight of which none was answered for over a second",
+    ),
+}
+
+
 def _volume_metrics(volumes: Sequence[Volume]) -> Iterator[Metric]:
     labels = ["volume_id", "backend"]
     by_operation = [*labels, "operation"]
@@ -233,48 +269,18 @@ def _volume_metrics(volumes: Sequence[Volume]) -> Iterator[Metric]:
     latency = HistogramMetricFamily(
         "csi_vduse_volume_latency_seconds", "From taken to completed", labels=by_operation
     )
-    in_flight = GaugeMetricFamily(
-        "csi_vduse_volume_requests_in_flight", "Requests taken and not completed", labels=labels
-    )
     batch_sizes = HistogramMetricFamily(
         "csi_vduse_volume_batch_requests", "Requests of a batch", labels=labels
     )
     depths = HistogramMetricFamily(
         "csi_vduse_volume_queue_depth", "Requests in flight on a queue, at each batch", labels=labels
     )
-    gauges = {
-        "data_max_bytes": GaugeMetricFamily(
-            "csi_vduse_volume_data_in_flight_max_bytes",
-            "Of reads and writes, the most at once",
-            labels=labels,
-        ),
-        "bounce_bytes": GaugeMetricFamily(
-            "csi_vduse_volume_bounce_size_bytes", "Bounce memory of the device", labels=labels
-        ),
-    }
-    counters = {
-        "kicks": CounterMetricFamily(
-            "csi_vduse_volume_kicks", "Notifications from the driver", labels=labels
-        ),
-        "interrupts": CounterMetricFamily(
-            "csi_vduse_volume_interrupts", "Notifications to the driver", labels=labels
-        ),
-        "batches": CounterMetricFamily(
-            "csi_vduse_volume_batches", "Groups of requests taken together", labels=labels
-        ),
-        "malformed": CounterMetricFamily(
-            "csi_vduse_volume_malformed_requests", "Descriptor chains refused as malformed", labels=labels
-        ),
-        "throttled": CounterMetricFamily(
-            "csi_vduse_volume_throttled", "How often the volume's limits stopped a queue", labels=labels
-        ),
-        "throttled_s": CounterMetricFamily(
-            "csi_vduse_volume_throttled_seconds", "For how long, all queues together", labels=labels
-        ),
-    }
+    counters, gauges = (
+        {name: kind(*texts, labels=labels) for name, texts in of_kind.items()}
+        for kind, of_kind in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES))
+    )
     for volume in volumes:
         values = [volume.volume_id, volume.backend]
-        in_flight.add_metric(values, volume.in_flight)
         for name, family in (*counters.items(), *gauges.items()):
             family.add_metric(values, getattr(volume, name))
         for counted, distribution in ((volume.batch_sizes, batch_sizes), (volume.depths, depths)):
@@ -285,7 +291,7 @@ def _volume_metrics(volumes: Sequence[Volume]) -> Iterator[Metric]:
             moved.add_metric(named, operation.bytes)
             errors.add_metric(named, operation.errors)
             latency.add_metric(named, histogram.exported(operation.latency), operation.latency_sum_s)
-    yield from (operations, moved, errors, latency, in_flight, batch_sizes, depths)
+    yield from (operations, moved, errors, latency, batch_sizes, depths)
     yield from (*counters.values(), *gauges.values())
     yield from _remote_metrics(volumes, labels)
 

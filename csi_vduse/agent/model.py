@@ -204,6 +204,9 @@ class VolumeStats:
     bounce_bytes: int = 0
     throttled: int = 0
     throttled_s: float = 0
+    waiting: int = 0
+    unanswered_s: float = 0
+    stalled_s: float = 0
     remote: RemoteStats | None = None
 
 
@@ -325,6 +328,9 @@ def stats_from_json(volume_id: str, backend: str, value: dict[str, Any], *, boun
         bounce_bytes=bounce_bytes,
         throttled=int(value.get("throttled", 0)),
         throttled_s=float(value.get("throttled_s", 0)),
+        waiting=int(value.get("requests_waiting", 0)),
+        unanswered_s=float(value.get("unanswered_s", 0)),
+        stalled_s=float(value.get("stalled_s", 0)),
         remote=_remote_from_json(value["remote"]) if "remote" in value else None,
     )
 

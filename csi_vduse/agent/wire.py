@@ -216,6 +216,9 @@ def stats_to_wire(stats: VolumeStats) -> agent_pb2.VolumeStats:
         bounce_bytes=stats.bounce_bytes,
         throttled=stats.throttled,
         throttled_s=stats.throttled_s,
+        waiting=stats.waiting,
+        unanswered_s=stats.unanswered_s,
+        stalled_s=stats.stalled_s,
         remote=agent_pb2.RemoteStats(**asdict(stats.remote)) if stats.remote else None,
     )
 
@@ -248,6 +251,9 @@ def stats_from_wire(message: agent_pb2.VolumeStats) -> VolumeStats:
         bounce_bytes=message.bounce_bytes,
         throttled=message.throttled,
         throttled_s=message.throttled_s,
+        waiting=message.waiting,
+        unanswered_s=message.unanswered_s,
+        stalled_s=message.stalled_s,
         remote=_remote_from_wire(message.remote) if message.HasField("remote") else None,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -272,8 +273,9 @@ class Engine:
         return int(state[0])
 
     def waiting(self) -> int:
-        """Return how many requests wait for a backend that is full or away."""
-        return sum(int(each.waiting) for each in self._stats())
+        """Return how many requests wait for a backend that is full or away; a server that is away has all of them."""
+        remote = self.backend_status() is not None
+        return sum(q.in_flight if remote and not q.remote.connected else q.waiting for q in self._stats())
 
     def faults(self) -> dict[int, str]:
         """Return the queues that wait for a reset, and why."""
@@ -312,8 +314,9 @@ class Engine:
             )
         sums = {name: sum(getattr(q, name) for q in queues) for name in _SUMMED}
         merged = {name: _merged([getattr(q, name) for q in queues]) for name in ("batch_sizes", "depths")}
-        throttled_s = sum(q.throttled_ns for q in queues) / 1e9
-        counted = {"operations": operations, **sums, **merged, "throttled_s": throttled_s}
+        times = {f"{name}_s": sum(getattr(q, f"{name}_ns") for q in queues) / 1e9 for name in _SUMMED_TIMES}
+        stall = {"requests_waiting": self.waiting(), "unanswered_s": _unanswered_s(queues)}
+        counted = {"operations": operations, **sums, **merged, **times, **stall}
         status = self.backend_status()
         return counted | ({"remote": _remote(queues) | asdict(status)} if status else {})
 
@@ -336,6 +339,7 @@ class Engine:
 
 # The sum of the queues' maxima of data_max_bytes is at least the maximum of the whole device.
 _SUMMED: Final = ("in_flight", "kicks", "interrupts", "batches", "malformed", "throttled", "data_max_bytes")
+_SUMMED_TIMES: Final = ("throttled", "stalled")
 
 
 _REMOTE_SUMMED: Final = (
@@ -348,6 +352,11 @@ _REMOTE_SUMMED: Final = (
     "losses",
     "connected",
 )
+
+
+def _unanswered_s(queues: Sequence[Any]) -> float:
+    now = time.monotonic_ns()
+    return max((now - (q.unanswered_since_ns or now)) / 1e9 for q in queues)
 
 
 def _remote(queues: Sequence[Any]) -> dict[str, Any]:

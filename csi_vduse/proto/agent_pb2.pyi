@@ -781,6 +781,9 @@ class VolumeStats(_message.Message):
     THROTTLED_FIELD_NUMBER: _builtins.int
     THROTTLED_S_FIELD_NUMBER: _builtins.int
     REMOTE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    UNANSWERED_S_FIELD_NUMBER: _builtins.int
+    STALLED_S_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     backend: _builtins.str
     in_flight: _builtins.int
@@ -797,6 +800,12 @@ class VolumeStats(_message.Message):
     """how often the throttle stopped a queue"""
     throttled_s: _builtins.float
     """for how long, all queues together"""
+    waiting: _builtins.int
+    """of those in flight, for a backend that is full or away"""
+    unanswered_s: _builtins.float
+    """how long nothing has been answered of what is in flight, on the worst queue; 0: nothing is"""
+    stalled_s: _builtins.float
+    """sum of such times that were longer than a second, as they end, all queues together"""
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationStats]: ...
     @_builtins.property
@@ -829,10 +838,13 @@ class VolumeStats(_message.Message):
         throttled: _builtins.int = ...,
         throttled_s: _builtins.float = ...,
         remote: Global___RemoteStats | None = ...,
+        waiting: _builtins.int = ...,
+        unanswered_s: _builtins.float = ...,
+        stalled_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["remote", b"remote"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "remote", b"remote", "throttled", b"throttled", "throttled_s", b"throttled_s", "volume_id", b"volume_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "batch_sizes", b"batch_sizes", "batches", b"batches", "bounce_bytes", b"bounce_bytes", "data_max_bytes", b"data_max_bytes", "depths", b"depths", "in_flight", b"in_flight", "interrupts", b"interrupts", "kicks", b"kicks", "malformed", b"malformed", "operations", b"operations", "remote", b"remote", "stalled_s", b"stalled_s", "throttled", b"throttled", "throttled_s", b"throttled_s", "unanswered_s", b"unanswered_s", "volume_id", b"volume_id", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

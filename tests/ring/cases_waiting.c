@@ -93,9 +93,11 @@ BOTH(what_a_backend_fails_is_done_when_it_is_back)
     blk_send(&rig.q[0], &w, VIRTIO_BLK_T_OUT, 512, 8192);
     blk_send(&rig.q[0], &f, VIRTIO_BLK_T_FLUSH, 0, 0);
     WAIT_FOR(rig_stats(&rig, 0).waiting == 2);
+    CHECK(rig_stats(&rig, 0).unanswered_since_ns);
     fuse_image_fail(&image, 0);
     CHECK_EQUAL(blk_finish(&rig.q[0], &w), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(blk_finish(&rig.q[0], &f), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(rig_stats(&rig, 0).unanswered_since_ns, 0);
     CHECK(is_pattern(image.content + 512 * 512, 8192, 5));
     blk_prove(&rig, 0);
     rig_close(&rig);
@@ -113,6 +115,7 @@ CASE(a_backend_that_stays_away_is_told_of_and_one_that_is_back_is_waited_for_aga
     fuse_image_fail(&image, EIO);
     CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_IOERR);
     CHECK(now_ns() - begin >= AWAY_MS * 1000000ull);
+    CHECK(rig_stats(&rig, 0).stalled_ns >= AWAY_MS * 1000000ull);
     begin = now_ns();
     CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 0, 4096), VIRTIO_BLK_S_IOERR);
     CHECK(now_ns() - begin < AWAY_MS * 1000000ull); /* nobody waits once more */

@@ -170,6 +170,8 @@ struct vd_queue_stats {
     uint64_t throttled;       /* how often the limits stopped the queue */
     uint64_t throttled_ns;    /* for how long */
     uint64_t data_max_bytes;  /* of reads and writes in flight at once, the most there ever were */
+    uint64_t unanswered_since_ns; /* CLOCK_MONOTONIC: of what is in flight nothing has been answered since; 0: nothing is */
+    uint64_t stalled_ns;      /* sum of such times that were longer than a second, as they end */
     struct vd_remote_stats remote;
     uint32_t in_flight;
     uint32_t waiting;         /* of those, for a backend that is full or away */

@@ -125,6 +125,7 @@ static void publish(struct vd_queue *q, enum command command)
         return;
     if (q->ended) {
         vd_vring_publish(&q->ring);
+        vd_count_answered(q);
         vd_pace_shown(&q->pace, q->ended, q->in_flight || vd_vring_available(&q->ring), q->now_ns);
         q->ended = 0;
     }
@@ -160,7 +161,7 @@ static int fetch(struct vd_queue *q)
         r->failing_since_ns = 0;
         r->data_bytes = 0;
         taken++;
-        store_relaxed(&q->stats->in_flight, ++q->in_flight);
+        vd_count_taken(q);
         if (!vd_blk_begin(q, r, &chain))
             continue;
         if (memory_lost(q))

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "queue.h"
+#include "stats.h"
 
 void vd_queue_set_state(struct vd_queue *q, enum state state)
 {
@@ -129,8 +130,7 @@ int vd_queue_start(struct vd_engine *engine, uint32_t index, const struct vd_que
     if (!q)
         return -ENOMEM;
     store_relaxed(&q->stats->fault, VD_FAULT_NONE);
-    store_relaxed(&q->stats->in_flight, 0);
-    store_relaxed(&q->stats->waiting, 0);
+    vd_count_none(q);
     error = vd_log_open(config, &log);
     fault = error ? VD_FAULT_LOG : vd_vring_init(&q->ring, engine->memory, config, log);
     if (fault) {
@@ -174,8 +174,7 @@ int vd_queue_stop(struct vd_engine *engine, uint32_t index, uint32_t timeout_ms)
     if (abandoned) {
         __atomic_fetch_add(&engine->abandoned, 1, __ATOMIC_RELAXED);
         store_relaxed(&q->abandoned, true);
-        store_relaxed(&q->stats->in_flight, 0);
-        store_relaxed(&q->stats->waiting, 0);
+        vd_count_none(q);
         pthread_detach(q->thread);
         vd_queue_wake(q);
     }

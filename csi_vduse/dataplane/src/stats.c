@@ -6,6 +6,8 @@
 
 #include "histogram.h"
 
+enum { STALL_NS = 1000000000 };
+
 _Static_assert(sizeof(((struct vd_operation_stats *)0)->latency) == VD_LATENCY_BUCKETS * sizeof(uint64_t) &&
                    sizeof(((struct vd_queue_stats *)0)->depths) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
                    sizeof(((struct vd_queue_stats *)0)->batch_sizes) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
@@ -18,6 +20,29 @@ void vd_count_batch(struct vd_queue *q, uint32_t taken, uint32_t depth)
     count_up(&q->stats->batches, 1);
     count_up(&q->stats->batch_sizes[vd_count_bucket(taken)], 1);
     count_up(&q->stats->depths[vd_count_bucket(depth)], 1);
+}
+
+void vd_count_taken(struct vd_queue *q)
+{
+    if (!q->in_flight)
+        store_relaxed(&q->stats->unanswered_since_ns, q->now_ns);
+    store_relaxed(&q->stats->in_flight, ++q->in_flight);
+}
+
+void vd_count_none(struct vd_queue *q)
+{
+    store_relaxed(&q->stats->in_flight, 0);
+    store_relaxed(&q->stats->waiting, 0);
+    store_relaxed(&q->stats->unanswered_since_ns, 0);
+}
+
+void vd_count_answered(struct vd_queue *q)
+{
+    uint64_t ns = q->now_ns - q->stats->unanswered_since_ns;
+
+    if (ns > STALL_NS)
+        count_up(&q->stats->stalled_ns, ns);
+    store_relaxed(&q->stats->unanswered_since_ns, q->in_flight ? q->now_ns : 0);
 }
 
 void vd_count_started(struct vd_queue *q, struct vd_request *r)

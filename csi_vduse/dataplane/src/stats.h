@@ -13,6 +13,15 @@ void vd_count_started(struct vd_queue *queue, struct vd_request *request);
 /* A request has ended: error is 0 or a positive errno. */
 void vd_count_finished(struct vd_queue *queue, const struct vd_request *request, int error);
 
+/* A request is taken. */
+void vd_count_taken(struct vd_queue *queue);
+
+/* Nothing is in flight, as far as anybody is interested. */
+void vd_count_none(struct vd_queue *queue);
+
+/* Something was answered. */
+void vd_count_answered(struct vd_queue *queue);
+
 /* A command that was handed to the kernel at a moment has been answered. */
 void vd_count_remote(struct vd_queue *queue, uint64_t sent_ns);
 

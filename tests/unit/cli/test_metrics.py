@@ -30,6 +30,9 @@ VOLUME = VolumeStats(
     bounce_bytes=8,
     throttled=9,
     throttled_s=1.5,
+    waiting=1,
+    unanswered_s=31.5,
+    stalled_s=12.25,
     remote=RemoteStats("refused", "too small", resent=11, latency_sum_s=0.25, latency=READ.latency),
 )
 
@@ -74,6 +77,9 @@ def test_counters_of_a_volume_are_served(page: str):
     assert value(page, "csi_vduse_volume_malformed_requests_total", **labels) == 6
     assert value(page, "csi_vduse_volume_throttled_total", **labels) == 9
     assert value(page, "csi_vduse_volume_throttled_seconds_total", **labels) == 1.5
+    assert value(page, "csi_vduse_volume_requests_waiting", **labels) == 1
+    assert value(page, "csi_vduse_volume_unanswered_seconds", **labels) == 31.5
+    assert value(page, "csi_vduse_volume_stalled_seconds_total", **labels) == 12.25
     assert value(page, "csi_vduse_volume_data_in_flight_max_bytes", **labels) == 7
     assert value(page, "csi_vduse_volume_bounce_size_bytes", **labels) == 8
     assert value(page, "csi_vduse_attachments", state="attached") == 1
