@@ -8,7 +8,7 @@
 
 #include "harness.h"
 
-enum { SLOTS = 16, SLOT_BYTES = 8192, GOOD_SECTORS = 1024 };
+enum { SLOTS = 16, SLOT_BYTES = 8192, GOOD_SECTORS = 1024, LIVES_MIN = 4 };
 
 struct slot {
     struct blk b;
@@ -265,11 +265,10 @@ static void random_driver(struct plan plan, uint64_t salt)
     CHECK_EQUAL(vd_engine_set_regions(rig.engine, regions, rig.driver.region_count + 1), 0);
     rig.driver.regions[rig.driver.region_count++] = read_only.regions[0]; /* wild addresses find it */
     CHECK_EQUAL(rig_start(&rig, 0), 0);
-    while (now_ns() < until) {
+    while (now_ns() < until || lives < LIVES_MIN) { /* on a machine that has no time for us a second is short */
         life(&seed, &rig, slots, model);
         lives++;
     }
-    CHECK(lives > 3);
     CHECK(!memcmp(guarded, read_only.base, MIB));
     printf("%llu lives, %llu malformed\n", (unsigned long long)lives, (unsigned long long)rig_stats(&rig, 0).malformed);
     blk_prove(&rig, 0);
