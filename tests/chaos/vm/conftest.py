@@ -34,6 +34,7 @@ def clean(shared: RunningAgent) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def stalls_are_reported() -> None:
-    """Have the kernel name every task that hangs for longer than any test makes one wait."""
-    subprocess.run(["sysctl", "-q", "kernel.hung_task_warnings=-1"], check=True, timeout=60)
+def machine() -> None:
+    """Have the kernel name every task that hangs for long, and give the load's jobs, each a session, what nice says."""
+    settings = ["kernel.hung_task_warnings=-1", "kernel.sched_autogroup_enabled=0"]
+    subprocess.run(["sysctl", "-q", *settings], check=True, timeout=60)

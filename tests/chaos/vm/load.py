@@ -126,10 +126,11 @@ class Load:
     """A running fio."""
 
     def __init__(self, volumes: Sequence[Volume], folder: Path, seed: int) -> None:
-        argv = ["fio", "--ioengine=libaio", "--direct=1", "--iodepth=16", "--group_reporting=0"]
+        # Two emulated processors: the load takes what agents and workers that start leave of them.
+        argv = ["nice", "-n15", "fio", "--ioengine=libaio", "--direct=1", "--iodepth=16"]
         argv += ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--verify_backlog=64"]
         argv += ["--time_based", "--runtime=7200", "--output-format=json", f"--output={folder}/fio.json"]
-        argv += ["--exitall_on_error"]
+        argv += ["--exitall_on_error", "--group_reporting=0"]
         jobs = [job for number, volume in enumerate(volumes) for job in _jobs(volume, seed + number)]
         argv += [word for job in jobs for word in job]
         self._jobs = len(jobs)
