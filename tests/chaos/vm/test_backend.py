@@ -69,6 +69,7 @@ def test_backend_that_fails_and_comes_back(
             backend.fail(error)
             name = errno.errorcode[error]
             wait_until(lambda name=name: name in reason(shared, volume.id), "word of the failure")
+            wait_until(lambda: events.inspect(shared, volume.id).stats.waiting > 0, "count of them")
             time.sleep(effort.late_s)
             load.goes_on()
             backend.fail(0)
@@ -152,7 +153,7 @@ def test_worker_killed_while_its_backend_hangs(
 def test_one_hanging_volume_does_not_slow_another(
     shared: RunningAgent, folder: Path, effort: Effort, dice: random.Random, backend: FaultyBackend
 ) -> None:
-    """Neither its I/O nor attach and detach of others."""
+    """Neither its I/O nor attach and detach of others; how long it hangs is counted."""
     with (
         one_attached(shared, folder, "hanging", Shape(1, False, False), backend.image) as hanging,
         under_load([hanging], folder, dice.randrange(1 << 30)) as load,
@@ -164,7 +165,9 @@ def test_one_hanging_volume_does_not_slow_another(
                 tool("dd", "if=/dev/zero", f"of={other.target}/file" if other.shape.ext4 else f"of={other.disk}",
                      "bs=64k", "count=16", "conv=fsync")  # fmt: skip
         load.goes_on()
+        wait_until(lambda: events.inspect(shared, hanging.id).stats.unanswered_s > 1, "count of the time")
         backend.hold(on=False)
+        wait_until(lambda: events.inspect(shared, hanging.id).stats.stalled_s > 1, "count of the stall")
 
 
 @pytest.mark.usefixtures("clean")
