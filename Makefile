@@ -36,13 +36,13 @@ lab-deps: install
 demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
 	@$(call TIMED,$(BIN)/python -m lab run --timeout 900 -- $(BIN)/python -m lab.demo)
 
-test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite
+test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite, chaos
 	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-helm && \
 		$(MAKE) --no-print-directory test-sanity && \
 		$(MAKE) --no-print-directory test-ring && \
 		$(MAKE) --no-print-directory test-fuzz && \
 		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm && \
-		$(MAKE) --no-print-directory test-power-cut)
+		$(MAKE) --no-print-directory test-chaos)
 
 test-unit: install ## unit tests: seconds, no kernel
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/unit)
@@ -75,7 +75,7 @@ test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU gue
 test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/lab)
 
-# Remote volumes: not part of `make test` until all of them have passed, as the chaos suite.
+# Remote volumes: not part of `make test` until all of them have passed.
 REMOTE := tests/vm/test_nbd.py tests/vm/test_storage_server.py
 
 test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity among it
@@ -92,7 +92,7 @@ chaos-tools: lab-deps
 test-power-cut: chaos-tools ## the machine loses power while it writes: what was flushed is there, in order
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host)
 
-test-chaos: test-power-cut ## everything that can die or hang does, under verified I/O, a few times; not part of `make test` yet
+test-chaos: test-power-cut ## everything that can die or hang does, under verified I/O, a few times
 	@$(call TIMED,$(IN_VM) tests/chaos/vm --junitxml=$(RESULTS)/chaos.xml)
 
 CHAOS_SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
