@@ -9,10 +9,10 @@ ARG BASE=docker.io/library/debian:trixie-slim
 
 FROM ${BASE} AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends \
-        python3 python3-venv python3-dev gcc g++ libc6-dev make pkg-config liburing-dev linux-libc-dev ca-certificates
+        python3 python3-venv python3-dev gcc g++ libc6-dev make pkg-config liburing-dev libssl-dev linux-libc-dev \
+        ca-certificates
 RUN python3 -m venv /opt/csi-vduse
 WORKDIR /src
-# Dependencies first: they change less often than the code.
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY csi_vduse ./csi_vduse
 RUN /opt/csi-vduse/bin/pip install --no-cache-dir --disable-pip-version-check . \
@@ -23,7 +23,7 @@ RUN /opt/csi-vduse/bin/pip install --no-cache-dir --disable-pip-version-check . 
 FROM ${BASE}
 # mount, mkfs and the like for the node plugin; modprobe for the agent's init container.
 RUN apt-get update && apt-get install --yes --no-install-recommends \
-        python3 liburing2 util-linux mount kmod e2fsprogs xfsprogs btrfs-progs ca-certificates \
+        python3 liburing2 libssl3t64 util-linux mount kmod e2fsprogs xfsprogs btrfs-progs ca-certificates \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
     && ln -s /opt/csi-vduse/bin/csi-vduse /opt/csi-vduse/bin/kubectl-vduse /usr/local/bin/
 COPY --from=build /opt/csi-vduse /opt/csi-vduse

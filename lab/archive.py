@@ -27,13 +27,17 @@ class Release:
     security: bool
 
     def sources(self) -> str:
-        """The lines of a sources.list. `$LAB_DEBIAN_MIRROR` replaces http://deb.debian.org."""
-        mirror = os.environ.get("LAB_DEBIAN_MIRROR") or "http://deb.debian.org"
+        """The lines of a sources.list."""
         options = f"[arch=amd64 signed-by={KEYRING}]"
-        lines = [f"deb {options} {mirror}/debian {self.name} main"]
+        lines = [f"deb {options} {mirror()}/debian {self.name} main"]
         if self.security:
-            lines.append(f"deb {options} {mirror}/debian-security {self.name}-security main")
+            lines.append(f"deb {options} {mirror()}/debian-security {self.name}-security main")
         return "\n".join(lines) + "\n"
+
+
+def mirror() -> str:
+    """Where Debian's archive is: `$LAB_DEBIAN_MIRROR`, or http://deb.debian.org."""
+    return os.environ.get("LAB_DEBIAN_MIRROR") or "http://deb.debian.org"
 
 
 def unpack_kernel(metapackage: str, release: Release, target: Path, *, host_first: bool) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lab.archive import Release, mirror
 from lab.cluster.built import built, digest
 from lab.errors import LabSetupError
 from lab.host import run
@@ -17,15 +18,9 @@ from lab.paths import CHECKOUT, cache_dir
 BASE = "docker.io/library/debian:trixie-slim"
 NAME = "docker.io/csivduse/csi-vduse"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-_SUITE = "trixie"
-_MIRROR = "http://deb.debian.org"
+_DEBIAN = Release("trixie", security=True)
 _BOOTSTRAP_S = 3600.0
 _BUILD_S = 5400.0
-_SOURCES = f"""\
-deb {_MIRROR}/debian {_SUITE} main
-deb {_MIRROR}/debian {_SUITE}-updates main
-deb {_MIRROR}/debian-security {_SUITE}-security main
-"""
 # What Debian's slim images leave out.
 _SLIM = "".join(
     f"path-exclude /usr/share/{folder}/*\n" for folder in ("doc", "man", "locale", "info", "lintian")
@@ -75,10 +70,10 @@ def _obtain_base() -> None:
     with tempfile.TemporaryDirectory(prefix=".base-", dir=cache_dir()) as work:
         root = Path(work) / "root"
         run(
-            ["debootstrap", "--variant=minbase", _SUITE, str(root), f"{_MIRROR}/debian"],
+            ["debootstrap", "--variant=minbase", _DEBIAN.name, str(root), f"{mirror()}/debian"],
             timeout_s=_BOOTSTRAP_S,
         )
-        (root / "etc/apt/sources.list").write_text(_SOURCES)
+        (root / "etc/apt/sources.list").write_text(_DEBIAN.sources())
         (root / "etc/dpkg/dpkg.cfg.d/slim").write_text(_SLIM)
         for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/lib/apt/lists"):
             shutil.rmtree(root / folder, ignore_errors=True)
