@@ -123,12 +123,16 @@ class ControllerConfig:
         http_address: HOST:PORT of health and metrics.
         lease_namespace: where the lease of the leader is.
         identity: of this process among the controllers.
+        pools: those that are on no node.
+        state_dir: remembers which pool is which, as long as it lasts.
     """
 
     endpoint: Path
     http_address: str
     lease_namespace: str
     identity: str
+    pools: tuple[PoolConfig, ...] = ()
+    state_dir: Path = DEFAULT_STATE_DIR
 
 
 def parse_pool(text: str) -> PoolConfig:

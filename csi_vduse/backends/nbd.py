@@ -27,7 +27,7 @@ KIND = "nbd"
 # Keys of a publish_context.
 URI = "uri"
 EPOCH = "epoch"
-# Key of a volume_context: the directory of certificates, on the node, of an export that was made beforehand.
+# The directory of certificates, on the node; also a key of the volume_context of an export that was made beforehand.
 TLS_DIRECTORY = "tlsDirectory"
 _OPTIONS = ("tls", "node-tls")
 
@@ -180,10 +180,13 @@ class NbdPool:
         """Nothing to do: the server removes at its own start what was interrupted."""
 
     async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
-        """Have the server give the node an epoch and an export of its own."""
+        """Have the server give the node an epoch and an export of its own, and say where its certificates are."""
         await self.check()
         granted = await self._client.publish(volume.id, node_id, read_only=read_only, shared=shared)
-        return {URI: granted.uri, EPOCH: str(granted.epoch)}
+        told = {URI: granted.uri, EPOCH: str(granted.epoch)}
+        if self._location.node_tls_dir is not None:
+            told[TLS_DIRECTORY] = str(self._location.node_tls_dir)
+        return told
 
     async def unpublish(self, volume_id: str, node_id: str) -> None:
         """Have the server close the node's export."""
@@ -200,7 +203,7 @@ class NbdPool:
         Raises:
             FailedPrecondition: the volume was not published, or the node lacks its certificates.
         """
-        return data_path(volume.id, publish_context, self._location.node_tls_dir)
+        return data_path(volume.id, publish_context)
 
     def close(self) -> None:
         """Stop the threads; the connection ends with the object. The pool is not used afterwards."""
@@ -221,13 +224,12 @@ class NbdPool:
             )
 
 
-def data_path(volume_id: str, publish_context: Mapping[str, str], tls_dir: Path | None) -> NbdBackend:
+def data_path(volume_id: str, publish_context: Mapping[str, str]) -> NbdBackend:
     """Return what the agent needs to use the export that a publish_context names.
 
     Args:
         volume_id: for messages.
         publish_context: what ControllerPublishVolume returned.
-        tls_dir: the node's certificates, if it has any.
 
     Raises:
         FailedPrecondition: there is no export in it, or there are no certificates for it.
@@ -240,9 +242,9 @@ def data_path(volume_id: str, publish_context: Mapping[str, str], tls_dir: Path 
         )
     if not uri.startswith("nbds"):
         return NbdBackend(uri)
-    if tls_dir is None:
+    if TLS_DIRECTORY not in publish_context:
         raise FailedPrecondition(
             f"volume {volume_id} is exported over TLS, and this node has no certificates",
             hint="give the pool node-tls=DIR",
         )
-    return NbdBackend(uri, NbdTls(certificates=tls_dir))
+    return NbdBackend(uri, NbdTls(certificates=Path(publish_context[TLS_DIRECTORY])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from csi_vduse.backends.base import Backend
@@ -10,8 +10,11 @@ from csi_vduse.backends.file import KIND as FILE
 from csi_vduse.backends.file import FilePool
 from csi_vduse.backends.nbd import KIND as NBD
 from csi_vduse.backends.nbd import NbdPool, parse_location
+from csi_vduse.backends.nbd import data_path as nbd_data_path
 from csi_vduse.config import PoolConfig
+from csi_vduse.dataplane.backend_spec import BackendSpec
 from csi_vduse.errors import FailedPrecondition, InvalidArgument
+from csi_vduse.volumes.model import Volume
 
 DEFAULT_POOL = "default"
 
@@ -68,6 +71,16 @@ class Pools:
                 f"pool {name!r} is not configured any more", hint="start with that --pool again"
             )
         return self._backends[name]
+
+    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+        """Return where a volume's bytes are: its pool knows, or what the node was told says it all.
+
+        Raises:
+            FailedPrecondition: the pool is not here, or the volume was not published to this node.
+        """
+        if volume.backend == NBD:
+            return nbd_data_path(volume.id, publish_context)
+        return self.holding(volume.pool).data_path(volume, publish_context)
 
 
 def open_pools(configs: Iterable[PoolConfig], state_dir: Path) -> Pools:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from csi_vduse import log
 from csi_vduse.backends.base import Backend
 from csi_vduse.errors import VduseError
-from csi_vduse.services.agent_port import Agent
+from csi_vduse.services.agent_port import Attachments
 from csi_vduse.volumes.model import Snapshot, Volume
 
 # How long copies may take: a fixed part and one for the bytes, at the speed of a slow disk.
@@ -39,7 +39,7 @@ class Copies:
         agent: knows what is attached, and holds it still.
     """
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Attachments) -> None:
         self._agent = agent
         self._slots = asyncio.Semaphore(_SLOTS)
 

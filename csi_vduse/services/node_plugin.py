@@ -20,27 +20,19 @@ from csi_vduse.backends.pools import Pools, open_pools
 from csi_vduse.config import NodeConfig
 from csi_vduse.errors import VduseError
 from csi_vduse.kube.api import ApiServer
-from csi_vduse.kube.mirror import Mirror, mirroring
-from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES
 from csi_vduse.kube.taints import remove_taint
 from csi_vduse.node.context import Agent as NodeAgent
 from csi_vduse.node.context import NodeContext
 from csi_vduse.proto import csi_pb2_grpc
 from csi_vduse.services import http
 from csi_vduse.services.agent_port import Agent as ControllerAgent
-from csi_vduse.services.copies import Copies
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.locks import LockTable
 from csi_vduse.services.node import Node
 from csi_vduse.services.node_status import NodeStatus
-from csi_vduse.services.node_work import NodeWork
-from csi_vduse.services.provisioning import Provisioner
+from csi_vduse.services.pool_work import PoolWork
 from csi_vduse.services.registration import Registration, serve_registration
-from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.server import start_server
-from csi_vduse.services.snapshotting import Snapshotter
-from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
-from csi_vduse.volumes.topology import node_segments
 
 # Calls after which what is attached may have changed.
 _ATTACHING = frozenset({"NodeStageVolume", "NodeUnstageVolume"})
@@ -88,8 +80,8 @@ async def serving(
         InvalidArgument: a pool is not what it should be.
     """
     fitness, locks = Fitness(), LockTable()
-    registry = KubernetesRegistry(api, config.node_id)
     pools = open_pools(config.pools, config.state_dir)
+    work = PoolWork(config.node_id, api=api, pools=pools, agent=agent, locks=locks)
     registration = Registration(
         driver_name=DRIVER_NAME,
         endpoint=config.endpoint,
@@ -113,8 +105,8 @@ async def serving(
         context = NodeContext(
             node_id=config.node_id,
             agent=agent,
-            registry=registry,
-            data_path=lambda volume, told: pools.holding(volume.pool).data_path(volume, told),
+            registry=work.registry,
+            data_path=pools.data_path,
         )
         server = await start_server(
             config.endpoint,
@@ -127,16 +119,7 @@ async def serving(
         )
         stack.push_async_callback(server.stop)
         await stack.enter_async_context(
-            _working(
-                config,
-                api,
-                registry=registry,
-                pools=pools,
-                agent=agent,
-                locks=locks,
-                fitness=fitness,
-                attached=attached,
-            )
+            _working(config, api, work=work, pools=pools, agent=agent, fitness=fitness, attached=attached)
         )
         registering = asyncio.create_task(_register(config, registration, agent, fitness))
         stack.push_async_callback(_stop, registering)
@@ -148,55 +131,26 @@ async def _working(
     config: NodeConfig,
     api: ApiServer,
     *,
-    registry: KubernetesRegistry,
+    work: PoolWork,
     pools: Pools,
     agent: Agent,
-    locks: LockTable,
     fitness: Fitness,
     attached: asyncio.Event,
 ) -> AsyncIterator[None]:
     """Work for this node's pools, and tell how they are."""
-    selector = f"spec.nodeName={config.node_id}"
-    volumes, snapshots = Mirror(api, VOLUMES, selector), Mirror(api, SNAPSHOTS, selector)
-    segments, reservations, copies = node_segments(config.node_id), Reservations(registry), Copies(agent)
-    for backend in pools:
-        try:
-            await backend.clean()
-        except VduseError as error:
-            log.get().error("pool is not usable now", pool=backend.name, error=str(error))
-    work = NodeWork(
-        node=config.node_id,
-        api=api,
-        registry=registry,
-        volumes=volumes,
-        snapshots=snapshots,
-        provisioner=Provisioner(
-            registry=registry,
-            pools=pools,
-            agent=agent,
-            copies=copies,
-            reservations=reservations,
-            segments=segments,
-        ),
-        snapshotter=Snapshotter(
-            registry=registry, pools=pools, copies=copies, reservations=reservations, segments=segments
-        ),
-        agent=agent,
-        locks=locks,
-    )
     status = NodeStatus(
         node=config.node_id,
         api=api,
-        registry=registry,
-        volumes=volumes,
+        registry=work.registry,
+        volumes=work.volumes,
         pools=pools,
-        reservations=reservations,
+        reservations=work.reservations,
         agent=agent,
         on_probe=fitness.heard,
         attached=attached,
     )
     tasks = [asyncio.create_task(work.run()), asyncio.create_task(status.run())]
-    async with mirroring(volumes, snapshots):
+    async with work.mirrored():
         try:
             yield
         finally:

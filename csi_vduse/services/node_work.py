@@ -19,7 +19,7 @@ from csi_vduse.errors import DeadlineExceeded, NotFound, Pending, Unavailable, V
 from csi_vduse.kube.api import ApiServer, Conflict
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, name_of
-from csi_vduse.services.agent_port import Agent
+from csi_vduse.services.agent_port import Attachments
 from csi_vduse.services.locks import Keys, LockTable
 from csi_vduse.services.node_steps import Step, snapshot_step, volume_step
 from csi_vduse.services.provisioning import Provisioner
@@ -66,7 +66,7 @@ class NodeWork:
         snapshots: Mirror,
         provisioner: Provisioner,
         snapshotter: Snapshotter,
-        agent: Agent,
+        agent: Attachments,
         locks: LockTable,
     ) -> None:
         self._node = node

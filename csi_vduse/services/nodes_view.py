@@ -1,6 +1,7 @@
-"""The nodes' pools as the controller sees them, and where a new volume goes. Decisions are pure.
+"""The pools as the controller sees them, and where a new volume goes. Decisions are pure.
 
-Every node measures its pools and says so in the status of its VduseNode; what is promised is counted here,
+Every node measures its pools and says so in the status of its VduseNode; pools that are on no node are measured
+when they are looked at. What is promised is counted here,
 from the volumes as they are now, begun or not. So two volumes that are placed one after the other never
 share the same room, and a node's own reservation (reserving.py) is the last word.
 """
@@ -11,10 +12,11 @@ import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from csi_vduse import log
 from csi_vduse.backends.accounting import available_bytes
-from csi_vduse.backends.base import PoolUsage
+from csi_vduse.backends.base import Backend, PoolUsage
 from csi_vduse.backends.pools import DEFAULT_POOL
-from csi_vduse.errors import InvalidArgument, ResourceExhausted
+from csi_vduse.errors import InvalidArgument, ResourceExhausted, VduseError
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import Object, name_of
 from csi_vduse.services.validation import GetCapacity
@@ -29,14 +31,14 @@ _SILENT_S = 180.0
 
 @dataclass(frozen=True)
 class NodePool:
-    """A pool of a node.
+    """A pool of a node, or of none.
 
     Args:
-        node: its name.
+        node: its name; empty: volumes of the pool can be used everywhere.
         pool: its name; pools of one name on several nodes are one choice to users.
         kind: of its backend.
         usage: as measured; None if the pool is not usable now.
-        is_live: whether the node said so lately.
+        is_live: whether that was said lately.
     """
 
     node: str
@@ -53,16 +55,20 @@ class NodesView:
         nodes: VduseNode objects.
         volumes: VduseVolume objects.
         snapshots: VduseSnapshot objects.
+        shared: the pools that are on no node.
     """
 
-    def __init__(self, *, nodes: Mirror, volumes: Mirror, snapshots: Mirror) -> None:
+    def __init__(
+        self, *, nodes: Mirror, volumes: Mirror, snapshots: Mirror, shared: Iterable[Backend] = ()
+    ) -> None:
         self._nodes = nodes
         self._volumes = volumes
         self._snapshots = snapshots
+        self._shared = shared
 
     def segments(self, volume: Volume) -> Segments:
         """Return the volume's node; nothing for one that every node can use."""
-        return node_segments(volume.node) if volume.node else {}
+        return node_segments(volume.node)
 
     async def problem(self, volume: Volume) -> str:
         """Return what the volume's node says is wrong with it."""
@@ -73,7 +79,7 @@ class NodesView:
 
     async def room(self, asked: GetCapacity) -> list[int]:
         """Look at the pools of the place that is asked for."""
-        pools = self.pools()
+        pools = await self.pools()
         name = asked.asked.pool or default_pool(pools)
         bus = asked.asked.bus or Bus.VIRTIO_VDPA
         fitting = [
@@ -87,10 +93,13 @@ class NodesView:
             raise unknown_pool(asked.asked.pool, pools)
         return [self.left_bytes(pool) for pool in fitting]
 
-    def pools(self) -> list[NodePool]:
-        """Return every pool of every node, by node and name."""
+    async def pools(self) -> list[NodePool]:
+        """Return every pool of every node, by node and name, then those that are on none."""
         now = dt.datetime.now(dt.UTC)
-        return [pool for found in sorted(self._nodes.all(), key=name_of) for pool in _pools_of(found, now)]
+        of_nodes = [
+            pool for found in sorted(self._nodes.all(), key=name_of) for pool in _pools_of(found, now)
+        ]
+        return of_nodes + [await _measured(backend) for backend in self._shared]
 
     def left_bytes(self, pool: NodePool) -> int:
         """Return what may still be promised in a pool, in bytes."""
@@ -104,21 +113,27 @@ class NodesView:
         )
 
     def choose(
-        self, requirement: TopologyRequirement | None, *, pool: str, need_bytes: int, node: str | None = None
+        self,
+        pools: Sequence[NodePool],
+        requirement: TopologyRequirement | None,
+        *,
+        pool: str,
+        need_bytes: int,
+        node: str | None = None,
     ) -> NodePool:
         """Choose where a new volume goes: what is preferred first, then where most room is.
 
         Args:
+            pools: what there is.
             requirement: where the caller wants it.
             pool: in a pool of this name.
             need_bytes: its capacity.
             node: the only one that is possible (that of its source), if so.
 
         Raises:
-            InvalidArgument: no node has such a pool.
+            InvalidArgument: there is no such pool.
             ResourceExhausted: none of them is allowed, or none has the room.
         """
-        pools = self.pools()
         named = [each for each in pools if each.pool == pool]
         if not named:
             raise unknown_pool(pool, pools)
@@ -153,10 +168,10 @@ def default_pool(pools: Sequence[NodePool]) -> str | None:
 
 
 def unknown_pool(name: str, pools: Iterable[NodePool]) -> InvalidArgument:
-    """Return the error for a pool that no node has."""
+    """Return the error for a pool that is nowhere."""
     known = ", ".join(sorted({pool.pool for pool in pools}))
     return InvalidArgument(
-        f"parameter pool: {name!r} is not a pool of any node; allowed: {known or 'none yet'}",
+        f"parameter pool: {name!r} is not a pool here; allowed: {known or 'none yet'}",
         hint="" if known else "no node has reported its pools: look at `kubectl get vdusenodes`",
     )
 
@@ -170,6 +185,15 @@ def promised_volumes(found: Iterable[Object]) -> list[Volume]:
 def _snapshots(found: Iterable[Object]) -> list[Snapshot]:
     snapshots = (objects.snapshot_from_object(each) for each in found)
     return [snapshot for snapshot in snapshots if snapshot is not None]
+
+
+async def _measured(backend: Backend) -> NodePool:
+    usage = None
+    try:
+        usage = await backend.usage()
+    except VduseError as error:
+        log.get().warning("pool is not usable now", pool=backend.name, error=str(error))
+    return NodePool(node="", pool=backend.name, kind=backend.kind, usage=usage, is_live=usage is not None)
 
 
 def _rank(pool: NodePool, preferred: Sequence[Segments]) -> int:

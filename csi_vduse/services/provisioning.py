@@ -26,7 +26,7 @@ from csi_vduse.errors import (
     Unavailable,
     VduseError,
 )
-from csi_vduse.services.agent_port import Agent
+from csi_vduse.services.agent_port import Attachments
 from csi_vduse.services.copies import Copies
 from csi_vduse.services.planning import (
     grown_bytes,
@@ -62,7 +62,7 @@ class Provisioner:
         *,
         registry: Registry,
         pools: Pools,
-        agent: Agent,
+        agent: Attachments,
         copies: Copies,
         reservations: Reservations,
         segments: Segments,

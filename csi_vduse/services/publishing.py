@@ -12,7 +12,7 @@ from typing import Protocol
 from csi_vduse.backends import nbd
 from csi_vduse.backends.pools import Pools
 from csi_vduse.dataplane import nbd_uri
-from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_vduse.services.validation import PublishVolume
 from csi_vduse.volumes.model import Bus, State
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
@@ -59,30 +59,13 @@ class Publishing(Protocol):
         ...
 
 
-class NothingToPublish:
-    """Of pools whose volumes are where they can be used."""
-
-    offered = False
-
-    async def publish(self, request: PublishVolume) -> dict[str, str]:
-        """Is never asked for."""
-        raise Unimplemented(f"volume {request.volume_id!r} needs no publishing")
-
-    async def unpublish(self, volume_id: str, node_id: str) -> None:
-        """Find nothing to take back."""
-
-    async def published(self) -> dict[str, tuple[str, ...]]:
-        """Find nothing."""
-        return {}
-
-
 class Publisher:
     """Publishes and takes back.
 
     Args:
         registry: the records of volumes.
         pools: where they live.
-        own_node: the node that has the pools that are not shared.
+        own_node: the node of volumes that are not shared and whose records name none.
         nodes: those that volumes may be published to.
     """
 
@@ -119,8 +102,11 @@ class Publisher:
         reason = objection(request.use, backend=volume.backend, bus=volume.parameters.bus)
         if reason:
             raise InvalidArgument(reason)
-        if not is_shared(volume.backend) and request.node_id != self._own_node:
-            raise FailedPrecondition(f"volume {volume.id} can be used on node {self._own_node} only")
+        if not is_shared(volume.backend):
+            home = volume.node or self._own_node
+            if request.node_id != home:
+                raise FailedPrecondition(f"volume {volume.id} can be used on node {home} only")
+            return {}
         return await self._pools.holding(volume.pool).publish(
             volume,
             request.node_id,
@@ -150,12 +136,13 @@ class Publisher:
             Unavailable: the storage server is away, or requests of the node are still in flight.
         """
         volume = await self._registry.get_volume(volume_id)
-        if volume is not None:
+        if volume is not None and is_shared(volume.backend):
             await self._pools.holding(volume.pool).unpublish(volume_id, node_id)
 
     async def published(self) -> dict[str, tuple[str, ...]]:
-        """Return the ids of published volumes and of their nodes."""
-        found: dict[str, tuple[str, ...]] = {}
+        """Return the ids of published volumes and of their nodes; a volume on a node is always published there."""
+        listed = await self._registry.list_volumes()
+        found: dict[str, tuple[str, ...]] = {one.id: (one.node,) for one in listed if one.node}
         for backend in self._pools:
             found.update(await backend.published())
         return found

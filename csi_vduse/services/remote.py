@@ -1,4 +1,6 @@
-"""Volumes and snapshots of pools on other nodes: what is wanted is written to the API, and the node does it.
+"""Volumes and snapshots of a cluster's pools: what is wanted is written to the API, and the pool's node does it.
+
+For pools that are on no node the leading controller is the node.
 
 Invariants:
 - an object is made with a finalizer before anything else, so nothing exists on a node without it;
@@ -125,7 +127,7 @@ class RemoteProvisioner:
         attachment = _attachment(found)
         if attachment:
             raise FailedPrecondition(
-                f"volume {volume_id!r} is in use on {attachment.get('node')}: device {attachment.get('device')}",
+                f"volume {volume_id!r} is in use on {attachment.get('node')} ({attachment.get('state')})",
                 hint="unpublish and unstage it first",
             )
         await self._api.delete(VOLUMES, volume_id)
@@ -194,7 +196,7 @@ class RemoteProvisioner:
         """Decide what the new volume is to be and where."""
         await self._volumes.wait_synced()
         source = await self._source(request)
-        pools = self._view.pools()
+        pools = await self._view.pools()
         pool = request.asked.pool or (source.pool if source else None) or default_pool(pools)
         if pool is None:
             known = ", ".join(sorted({each.pool for each in pools}))
@@ -203,6 +205,7 @@ class RemoteProvisioner:
         kind = next((each.kind for each in pools if each.pool == pool), "")
         volume = new_volume(volume_id, request, source=source, pool=pool, backend=kind or "file")
         place = self._view.choose(
+            pools,
             request.requirement,
             pool=pool,
             need_bytes=volume.capacity_bytes,
@@ -237,7 +240,7 @@ class RemoteProvisioner:
             require_same(
                 existing if existing is not None and is_ready else wanted,
                 request,
-                default_pool=default_pool(self._view.pools()),
+                default_pool=default_pool(await self._view.pools()),
                 segments=node_segments(wanted.node),
             )
         except AlreadyExists as error:

@@ -5,13 +5,11 @@ The agent is reached through its client, like everywhere: nothing here knows in 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
-from csi_vduse.backends import nbd
 from csi_vduse.backends.pools import Pools, open_pools
 from csi_vduse.config import StandaloneConfig, parse_endpoint
 from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend
@@ -35,7 +33,6 @@ from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.server import start_server
 from csi_vduse.services.snapshotting import Snapshotter
 from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
-from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.registry_directory import DirectoryRegistry
 from csi_vduse.volumes.topology import node_segments
@@ -76,7 +73,7 @@ async def serving(
             node_id=config.node_id,
             agent=agent,
             registry=registry,
-            data_path=partial(_data_path, pools),
+            data_path=pools.data_path,
             foreign=ForeignVolumes(config.state_dir / "foreign", partial(_size_bytes, threads), threads),
         )
     )
@@ -129,14 +126,6 @@ async def _start_controller(
         ),
         places=LocalPlaces(pools=pools, reservations=reservations, segments=segments),
     )
-
-
-def _data_path(pools: Pools, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
-    """Tell where a volume's bytes are: its pool knows, or the request says it all."""
-    if volume.backend == nbd.KIND and volume.pool not in pools.names:
-        directory = publish_context.get(nbd.TLS_DIRECTORY)
-        return nbd.data_path(volume.id, publish_context, Path(directory) if directory else None)
-    return pools.holding(volume.pool).data_path(volume, publish_context)
 
 
 async def _size_bytes(threads: BlockingPool, backend: BackendSpec) -> int:

@@ -1,8 +1,8 @@
 """A registry in the Kubernetes API: an object VduseVolume or VduseSnapshot for each, see kubernetes_objects.py.
 
 Several processes use it at once. Keeps true: every write replaces the version that was read, so nothing that
-another wrote in between is lost; an object that changed is read again and the decision is made again. What a
-node may write is the status; only a registry without a node makes objects, and asks for their deletion.
+another wrote in between is lost; an object that changed is read again and the decision is made again. Who works on
+objects writes their status; only who asks for work makes objects, and asks for their deletion.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ class KubernetesRegistry:
 
     Args:
         api: where the objects are.
-        node: the node that this process serves: its lists hold that node's objects only. Empty: all.
+        node: whose objects this process works on: its lists hold those only. Empty: those of pools that are on no
+            node. None: it asks for work, and its lists hold all.
     """
 
-    def __init__(self, api: ApiServer, node: str = "") -> None:
+    def __init__(self, api: ApiServer, node: str | None = None) -> None:
         self._api = api
         self._node = node
-        self._selector = f"spec.nodeName={node}" if node else ""
+        self._selector = "" if node is None else selector(node)
 
     async def get_volume(self, volume_id: str) -> Volume | None:
         """Return the volume, or None."""
@@ -40,10 +41,10 @@ class KubernetesRegistry:
         return objects.volume_from_object(found) if found is not None else None
 
     async def put_volume(self, volume: Volume) -> None:
-        """Write the record; without a node also the object, if there is none.
+        """Write the record; who asks for work makes the object too, if there is none.
 
         Raises:
-            NotFound: the object is gone, and a node makes none.
+            NotFound: the object is gone, and who works on objects makes none.
         """
         await self._put(
             VOLUMES,
@@ -142,7 +143,7 @@ class KubernetesRegistry:
         try:
             await self.update_status(resource, name, status)
         except NotFound:
-            if self._node:
+            if self._node is not None:
                 raise
             await self._api.create(resource, made())
             await self.update_status(resource, name, status)
@@ -156,7 +157,7 @@ class KubernetesRegistry:
             return {**kept, "state": objects.DELETED} if going else kept
 
         try:
-            if not self._node:
+            if self._node is None:
                 await self._api.delete(resource, name)
             await self.update_status(resource, name, status)
         except NotFound:
@@ -165,6 +166,11 @@ class KubernetesRegistry:
     async def _list(self, resource: Resource) -> list[Object]:
         found, _ = await self._api.list(resource, self._selector)
         return found
+
+
+def selector(node: str) -> str:
+    """Return the field selector of a node's objects; of no node: of the pools that are on none."""
+    return f"spec.nodeName={node}"
 
 
 def _missing(kind: str, name: str) -> NotFound:

@@ -1,6 +1,7 @@
 """From where a volume can be used: pure decisions about CSI topology.
 
-A file pool is a directory of one node, so its volumes have exactly one segment: that node.
+A file pool is a directory of one node, so its volumes have exactly one segment: that node. Volumes of a pool that
+is on no node have no segments, and can be used everywhere.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ class TopologyRequirement:
 
 
 def node_segments(node_id: str) -> dict[str, str]:
-    """Return the topology of a node, as NodeGetInfo answers it."""
-    return {TOPOLOGY_KEY: node_id}
+    """Return the topology of a node, as NodeGetInfo answers it; of no node: everywhere."""
+    return {TOPOLOGY_KEY: node_id} if node_id else {}
 
 
 def includes(term: Segments, segments: Segments) -> bool:
-    """Tell whether the place `segments` lies within `term`; keys compare without case (CSI, Topology)."""
+    """Tell whether `segments`, a place or everywhere, can be used within `term`.
+
+    Keys compare without case (CSI, Topology).
+    """
     own = {key.lower(): value for key, value in segments.items()}
-    return all(own.get(key.lower()) == value for key, value in term.items())
+    return not segments or all(own.get(key.lower()) == value for key, value in term.items())
 
 
 def satisfies(requirement: TopologyRequirement | None, segments: Segments) -> bool:

@@ -101,6 +101,8 @@ def test_it_renders_what_was_reviewed(helm, name):
         ("kubeletPath=relative", "kubeletPath"),
         ("pools[0].name=default,pools[0].kind=nfs,pools[0].path=/x", "kind"),
         ("pools[0].name=UPPER,pools[0].kind=file,pools[0].path=/x", "name"),
+        ("sharedPools[0].name=far,sharedPools[0].kind=file,sharedPools[0].path=/x", "kind"),
+        ("sharedPools[0].name=far,sharedPools[0].kind=nbd,sharedPools[0].address=x", "controllerSecret"),
         ("storageClasses[0].name=x,storageClasses[0].volumeBindingMode=Late", "volumeBindingMode"),
         ("controller.replicas=0", "replicas"),
         ("node.maxUnavailable=half", "maxUnavailable"),
@@ -192,6 +194,25 @@ def test_the_node_plugin_may_write_statuses_only(default):
         ("events", "create"),
         ("nodes", "patch"),
     }
+
+
+def test_the_controller_may_write_statuses_where_pools_are_on_no_node(default, everything):
+    for found, pools in ((default, False), (everything, True)):
+        rules = of_kind(found, "ClusterRole")["vduse-csi-vduse-controller"]["rules"]
+        assert any("vdusevolumes/status" in rule["resources"] for rule in rules) == pools
+
+
+def test_certificates_are_where_the_pool_is_told_they_are(everything):
+    controller = of_kind(everything, "Deployment")["vduse-csi-vduse-controller"]["spec"]["template"]["spec"]
+    agent = of_kind(everything, "DaemonSet")["vduse-csi-vduse-agent"]["spec"]["template"]["spec"]
+    place = "/etc/csi-vduse/pools/far.away"
+    for pod, secret in ((controller, "orders"), (agent, "readers")):
+        mounted = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
+        volumes = {each["name"]: each for each in pod["volumes"]}
+        assert volumes[mounted[place]]["secret"]["secretName"] == secret
+    assert f"--pool=far.away=nbd:storage.example:7000?tls={place}&node-tls={place}" in (
+        controller["containers"][0]["args"]
+    )
 
 
 def test_no_role_has_a_wildcard_or_secrets(everything):

@@ -93,7 +93,7 @@ class Cluster:
         self._stack = stack
         self._lives: dict[str, AsyncExitStack] = {}
 
-    async def start_controller(self) -> None:
+    async def start_controller(self, pools: tuple[PoolConfig, ...] = ()) -> None:
         life = await self._stack.enter_async_context(AsyncExitStack())
         self._lives["controller"] = life
         config = ControllerConfig(
@@ -101,6 +101,8 @@ class Cluster:
             http_address=self.http,
             lease_namespace="vduse",
             identity="controller-1",
+            pools=pools,
+            state_dir=self.directory / "controller",
         )
         await life.enter_async_context(controller_process.serving(config, self.api))
         channel = await life.enter_async_context(grpc.aio.insecure_channel(f"unix:{config.endpoint}"))

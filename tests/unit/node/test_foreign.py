@@ -59,7 +59,7 @@ async def node(loop_node: LoopNode, server: StorageServer, tmp_path: Path) -> As
     loop_node.agent.nbd_image = "v1"
     foreign = ForeignVolumes(tmp_path / "foreign", size_of, threads)
     loop_node.node = replace(
-        loop_node.node, foreign=foreign, data_path=lambda volume, context: data_path(volume.id, context, None)
+        loop_node.node, foreign=foreign, data_path=lambda volume, context: data_path(volume.id, context)
     )
     yield loop_node
     threads.close()

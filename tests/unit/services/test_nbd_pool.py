@@ -248,12 +248,13 @@ def test_where_a_pool_is(tmp_path):
 
 
 def test_a_node_needs_what_publishing_told_and_its_certificates(tmp_path):
-    assert data_path("v", {"uri": "nbd://h/e"}, None) == NbdBackend("nbd://h/e")
-    assert data_path("v", {"uri": "nbds://h/e"}, tmp_path) == NbdBackend("nbds://h/e", NbdTls(tmp_path))
+    assert data_path("v", {"uri": "nbd://h/e"}) == NbdBackend("nbd://h/e")
+    over_tls = {"uri": "nbds://h/e", "tlsDirectory": str(tmp_path)}
+    assert data_path("v", over_tls) == NbdBackend("nbds://h/e", NbdTls(tmp_path))
     with pytest.raises(FailedPrecondition, match="not published"):
-        data_path("v", {}, None)
+        data_path("v", {})
     with pytest.raises(FailedPrecondition, match="no certificates"):
-        data_path("v", {"uri": "nbds://h/e"}, None)
+        data_path("v", {"uri": "nbds://h/e"})
 
 
 async def test_file_volumes_beside_them_are_published_on_their_own_node_only(server, config, tmp_path):

@@ -45,43 +45,45 @@ def view(*nodes, volumes=()):
     return NodesView(nodes=Held(*nodes), volumes=Held(*volumes), snapshots=Held())
 
 
-def chosen(found, requirement=None, gib=1, **only):
-    return found.choose(requirement, pool="default", need_bytes=gib * GIB, **only).node
+async def chosen(found, requirement=None, gib=1, pool="default", **only):
+    return found.choose(
+        await found.pools(), requirement, pool=pool, need_bytes=gib * GIB, **only
+    ).node
 
 
-def test_the_preferred_node_is_taken_then_the_one_with_most_room():
+async def test_the_preferred_node_is_taken_then_the_one_with_most_room():
     both = view(node("n1"), node("n2", gib=20))
-    assert chosen(both) == "n2"
+    assert await chosen(both) == "n2"
     prefer = TopologyRequirement((node_segments("n1"), node_segments("n2")), (node_segments("n1"),))
-    assert chosen(both, prefer) == "n1"
+    assert await chosen(both, prefer) == "n1"
 
 
-def test_a_node_that_is_full_or_not_allowed_or_silent_is_passed_over():
-    assert chosen(view(node("n1", gib=1), node("n2")), gib=5) == "n2"
-    assert chosen(view(node("n1"), node("n2")), TopologyRequirement((node_segments("n1"),))) == "n1"
-    assert chosen(view(node("n1", gib=99, silent_s=600), node("n2"))) == "n2"
-    assert chosen(view(node("n1", problem="not mounted"), node("n2"))) == "n2"
-    assert chosen(view(node("n1"), node("n2", gib=99)), node="n1") == "n1"
+async def test_a_node_that_is_full_or_not_allowed_or_silent_is_passed_over():
+    assert await chosen(view(node("n1", gib=1), node("n2")), gib=5) == "n2"
+    assert await chosen(view(node("n1"), node("n2")), TopologyRequirement((node_segments("n1"),))) == "n1"
+    assert await chosen(view(node("n1", gib=99, silent_s=600), node("n2"))) == "n2"
+    assert await chosen(view(node("n1", problem="not mounted"), node("n2"))) == "n2"
+    assert await chosen(view(node("n1"), node("n2", gib=99)), node="n1") == "n1"
 
 
-def test_what_no_node_has_begun_counts_as_promised_and_what_failed_does_not():
+async def test_what_no_node_has_begun_counts_as_promised_and_what_failed_does_not():
     first = asked("a", "n1", 8)
     with pytest.raises(ResourceExhausted, match="at most"):
-        chosen(view(node("n1"), volumes=[first]), gib=3)
-    assert chosen(view(node("n1"), volumes=[{**first, "status": {"state": "Failed"}}]), gib=3) == "n1"
-    assert chosen(view(node("n1"), volumes=[asked("a", "n2", 8)]), gib=3) == "n1"
+        await chosen(view(node("n1"), volumes=[first]), gib=3)
+    assert await chosen(view(node("n1"), volumes=[{**first, "status": {"state": "Failed"}}]), gib=3) == "n1"
+    assert await chosen(view(node("n1"), volumes=[asked("a", "n2", 8)]), gib=3) == "n1"
 
 
-def test_a_pool_that_nobody_has_and_a_place_that_has_none_are_told_apart():
+async def test_a_pool_that_nobody_has_and_a_place_that_has_none_are_told_apart():
     with pytest.raises(InvalidArgument, match="allowed: default"):
-        view(node("n1")).choose(None, pool="fast", need_bytes=1)
+        await chosen(view(node("n1")), pool="fast")
     with pytest.raises(InvalidArgument, match="none yet"):
-        view().choose(None, pool="default", need_bytes=1)
+        await chosen(view())
     with pytest.raises(ResourceExhausted, match="n1 only"):
-        chosen(view(node("n1")), TopologyRequirement((node_segments("n9"),)))
+        await chosen(view(node("n1")), TopologyRequirement((node_segments("n9"),)))
 
 
-def test_the_default_pool_is_the_only_one_or_the_one_of_that_name():
-    assert default_pool(view(node("n1", pool="fast"), node("n2", pool="fast")).pools()) == "fast"
-    assert default_pool(view(node("n1", pool="fast"), node("n2")).pools()) == "default"
-    assert default_pool(view(node("n1", pool="fast"), node("n2", pool="slow")).pools()) is None
+async def test_the_default_pool_is_the_only_one_or_the_one_of_that_name():
+    assert default_pool(await view(node("n1", pool="fast"), node("n2", pool="fast")).pools()) == "fast"
+    assert default_pool(await view(node("n1", pool="fast"), node("n2")).pools()) == "default"
+    assert default_pool(await view(node("n1", pool="fast"), node("n2", pool="slow")).pools()) is None

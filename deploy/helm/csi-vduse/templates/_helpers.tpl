@@ -62,6 +62,24 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
+{{/* Where a shared pool's certificates are, in the controller and on nodes. */}}
+{{- define "csi-vduse.certificates" -}}/etc/csi-vduse/pools/{{ .name }}{{- end }}
+
+{{- define "csi-vduse.certificateMounts" -}}
+{{- range .Values.sharedPools }}
+- {name: shared-{{ .name | replace "." "-" }}, mountPath: {{ include "csi-vduse.certificates" . }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* Call with (list $ "nodeSecret"). */}}
+{{- define "csi-vduse.certificateVolumes" -}}
+{{- $secret := index . 1 }}
+{{- range (index . 0).Values.sharedPools }}
+- name: shared-{{ .name | replace "." "-" }}
+  secret: {secretName: {{ index . $secret }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
 {{- define "csi-vduse.poolVolumes" -}}
 {{- range .Values.pools }}
 - name: pool-{{ .name | replace "." "-" }}

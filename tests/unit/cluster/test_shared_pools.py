@@ -1,0 +1,90 @@
+"""Pools that are on no node: the leading controller works on them, with a real storage server and daemon."""
+
+import grpc
+import pytest
+
+from csi_vduse.config import PoolConfig
+from csi_vduse.proto import csi_pb2
+from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.server import StorageServer
+from csi_vduse.storage.service import listening
+from tests.unit.cluster.conftest import TIMEOUT_S, until
+from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand, failure, known_nodes
+from tests.unit.services.stack import MIB, block
+
+
+@pytest.fixture
+async def server(tmp_path):
+    (tmp_path / "images").mkdir()
+    config = ServerConfig(
+        directory=tmp_path / "images",
+        run_dir=tmp_path / "run",
+        control=Address(path=tmp_path / "control.sock"),
+        nbd=Address(path=tmp_path / "nbd.sock"),
+    )
+    server = StorageServer(config)
+    async with server.running(), listening(config, server):
+        yield server
+
+
+@pytest.fixture
+async def shared(cluster, server, tmp_path):
+    """Two nodes with file pools, and a storage server beside them."""
+    await cluster.stop("controller")
+    await cluster.start_controller(pools=(PoolConfig("remote", "nbd", f"unix:{tmp_path}/control.sock"),))
+    for name in ("n1", "n2"):
+        await cluster.start_node(name)
+    await known_nodes(cluster, "n1", "n2")
+    return cluster
+
+
+async def publish(cluster, id_, node):
+    request = csi_pb2.ControllerPublishVolumeRequest(
+        volume_id=id_, node_id=node, volume_capability=block()
+    )
+    return dict((await cluster.controller.ControllerPublishVolume(request, timeout=TIMEOUT_S)).publish_context)
+
+
+async def unpublish(cluster, id_, node):
+    request = csi_pb2.ControllerUnpublishVolumeRequest(volume_id=id_, node_id=node)
+    await cluster.controller.ControllerUnpublishVolume(request, timeout=TIMEOUT_S)
+
+
+async def test_a_volume_is_made_grown_cut_restored_and_deleted(shared, server):
+    volume = await create_when_known(shared, "v", parameters={"pool": "remote"}, nodes=("n1",))
+    assert not volume.accessible_topology
+    found = shared.volume(volume.volume_id)
+    assert (found["spec"]["nodeName"], found["status"]["state"]) == ("", "Ready")
+    grown = await expand(shared, volume.volume_id, volume.capacity_bytes + MIB)
+    assert grown.capacity_bytes >= volume.capacity_bytes + MIB
+    snapshot = await shared.snapshot(volume.volume_id)
+    restored = await shared.create("r", required=grown.capacity_bytes, from_snapshot=snapshot.snapshot_id)
+    assert restored.capacity_bytes >= grown.capacity_bytes
+    for each in (volume, restored):
+        await shared.delete(each.volume_id)
+    await shared.controller.DeleteSnapshot(
+        csi_pb2.DeleteSnapshotRequest(snapshot_id=snapshot.snapshot_id), timeout=TIMEOUT_S
+    )
+    await until(lambda: not shared.leftovers())
+
+
+async def test_one_node_after_the_other_uses_it_and_its_status_says_which(shared):
+    volume = await create_when_known(shared, "v", parameters={"pool": "remote"})
+    id_ = volume.volume_id
+    first = await publish(shared, id_, "n1")
+    assert shared.volume(id_)["status"]["attachment"] == {"node": "n1", "state": "published"}
+    assert (await failure(publish(shared, id_, "n2"))).code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "n1" in (await failure(shared.delete(id_))).details()
+    await unpublish(shared, id_, "n1")
+    assert not shared.volume(id_)["status"]["attachment"]
+    second = await publish(shared, id_, "n2")
+    assert int(second["epoch"]) > int(first["epoch"])
+
+
+async def test_a_volume_on_a_node_is_published_there_and_nowhere_else(shared):
+    volume = await create_when_known(shared, "v", parameters={"pool": "default"}, nodes=("n1",))
+    assert await publish(shared, volume.volume_id, "n1") == {}
+    assert (await failure(publish(shared, volume.volume_id, "n2"))).code() is grpc.StatusCode.FAILED_PRECONDITION
+    answer = await shared.controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=TIMEOUT_S)
+    assert [list(entry.status.published_node_ids) for entry in answer.entries] == [["n1"]]
+    await unpublish(shared, volume.volume_id, "n1")
