@@ -6,6 +6,7 @@ as it is, with its logs collected, for whoever wants to look; `down` ends whatev
 
 import contextlib
 import shutil
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ class Cluster:
         """Describe it; nothing happens."""
         self.layout = layout
 
+    @property
+    def version(self) -> str:
+        """The product's version, which is its image's tag."""
+        project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+        return str(project["project"]["version"])
+
     def build(self) -> Built:
         """Make what a cluster is made of, as far as the cache lacks it."""
         with step("kernel and virtiofsd"):
@@ -54,7 +61,7 @@ class Cluster:
         with step("helm"):
             helm = Path(run([str(CHECKOUT / "tools" / "build_helm.sh")], timeout_s=_HELM_S).strip())
         made = kubernetes.obtain()
-        product = product_image.obtain(_version()) / "image.tar"
+        product = product_image.obtain(self.version) / "image.tar"
         images = [*small_images.obtain().glob("*.tar"), *(made / "images").glob("*.tar"), product]
         return Built(made, helm, tuple(images))
 
@@ -132,11 +139,3 @@ class Cluster:
     def _fill(machine: NodeMachine, images: Sequence[Path]) -> None:
         with step(f"{machine.node.name} imports {len(images)} images"):
             machine.import_images(images)
-
-
-def _version() -> str:
-    """The product's version, which is its image's tag."""
-    for line in (CHECKOUT / "pyproject.toml").read_text().splitlines():
-        if line.startswith("version = "):
-            return line.split('"')[1]
-    raise LabError("pyproject.toml has no version")

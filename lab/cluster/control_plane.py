@@ -1,5 +1,7 @@
 """The control plane: etcd, API server, controller manager, scheduler and snapshot controller, on the host.
 
+And, when it is started, a storage server of the driver's, which is a machine of its own to the nodes.
+
 Each is a process of its own in the cluster's network namespace, from one binary (lab/cluster/kube), with its log in
 the cluster's log folder. What is kept true: a process is found again by its namespace and its argv, not by a number
 in a file; etcd is in memory's hands (no fsync) because the cluster ends with the machine it runs on.
@@ -9,12 +11,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from lab import host
-from lab.cluster import network
+from lab.cluster import network, storage
 from lab.cluster.layout import API_PORT, HOST_ADDRESS, SERVICES, Layout
 from lab.errors import LabError, LabSetupError
 
@@ -73,6 +76,11 @@ def programs(layout: Layout) -> dict[str, list[str]]:
             *("--kube-api-qps=500", "--kube-api-burst=1000"),
         ),
         "kube-scheduler": controller("kube-scheduler"),
+        "storage-server": [
+            *(sys.executable, str(Path(sys.executable).with_name("csi-vduse")), "storage-server"),
+            *(f"--directory={folder}/{storage.IMAGES}", f"--run-dir={folder}/storage-run"),
+            *(f"--control={HOST_ADDRESS}", f"--nbd={HOST_ADDRESS}", f"--tls-dir={folder}/{storage.SERVER}"),
+        ],
         "snapshot-controller": [
             *(
                 str(layout.programs / "snapshot-controller"),
@@ -132,6 +140,13 @@ class ControlPlane:
         """
         self.start("etcd")
         self.start("kube-apiserver")
+        self.wait_for_api()
+
+    def wait_for_api(self) -> None:
+        """Wait until the API server serves.
+
+        Raises LabError when it does not within READY_S, with the end of its log.
+        """
         self._wait(self._api_ready, "the API server to be ready", READY_S)
 
     def start_controllers(self) -> None:

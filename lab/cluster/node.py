@@ -61,10 +61,19 @@ class NodeMachine:
         """Kill `containerd` or `kubelet` with SIGKILL; containers go on."""
         self._script("kill", service)
 
-    def power_cycle(self) -> None:
-        """Cut the node's power, and boot it again: the same disk, no mercy for what was in memory."""
+    def kill_container(self, identifier: str) -> None:
+        """Kill the first process of a container with SIGKILL."""
+        containerd = ("ctr", "--address", "/run/containerd/containerd.sock", "--namespace", "k8s.io")
+        self.run(*containerd, "tasks", "kill", "--signal", "SIGKILL", identifier)
+
+    def power_off(self) -> Machine:
+        """Cut the node's power: no mercy for what was in memory. What is returned is for `power_on`."""
         machine = self.machine()
         machine.power_cut()
+        return machine
+
+    def power_on(self, machine: Machine) -> None:
+        """Boot it again, with the same disk."""
         machine.boot()
         machine.detach()
         self.up()

@@ -5,6 +5,7 @@ cluster runs is what the Dockerfile says, nothing added; buildah's storage is th
 when the Dockerfile or anything that it may copy changes.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ _SLIM = "".join(
 
 
 def obtain(version: str) -> Path:
-    """The folder with `image.tar`: the product's image, tagged with `version`.
+    """The folder with `image.tar`: the product's image, tagged with `version`, which is also what it says it is.
 
     Raises LabSetupError when the Dockerfile does not build.
     """
@@ -39,18 +40,36 @@ def obtain(version: str) -> Path:
 
 def context_files() -> list[Path]:
     """What a change of which changes the image: the files that git knows, without tests, docs and laboratory."""
-    outside = ("tests/", "docs/", "lab/", "bench/", "deploy/", ".ci/")
+    outside = ("tests/", "docs/", "lab/", "bench/", "deploy/", "tools/", ".ci/")
     listed = run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], timeout_s=60, cwd=CHECKOUT
     ).splitlines()
-    paths = [CHECKOUT / name for name in listed if not name.startswith(outside) and not name.endswith(".md")]
+    inside = [name for name in listed if not name.startswith(outside)]
+    paths = [CHECKOUT / name for name in inside if name == "README.md" or not name.endswith(".md")]
     return [path for path in paths if path.is_file()]
+
+
+def copy_context(target: Path, version: str) -> None:
+    """Copy what the image is built from into the folder `target`, as the release `version`."""
+    for file in context_files():
+        copy = target / file.relative_to(CHECKOUT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
+    for name, key in (("pyproject.toml", "version"), ("csi_vduse/__init__.py", "__version__")):
+        text, count = re.subn(
+            rf'^{key} = ".*"$', f'{key} = "{version}"', (target / name).read_text(), flags=re.MULTILINE
+        )
+        if count != 1:
+            raise LabSetupError(f"{name} has {count} lines `{key} = ...`; one was expected")
+        (target / name).write_text(text)
 
 
 def _build(target: Path, version: str) -> None:
     _obtain_base()
     tag = f"{NAME}:{version}"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=cache_dir()) as work:
+        context = Path(work) / "context"
+        copy_context(context, version)
         pip = Path(work) / "pip.conf"
         pip.write_text("[global]\ncert = /run/host-certificates.crt\n")
         _buildah(
@@ -58,7 +77,7 @@ def _build(target: Path, version: str) -> None:
             # The host may reach PyPI through a proxy that its own certificates, and no others, vouch for.
             f"--volume={_CERTIFICATES}:/run/host-certificates.crt:ro",
             f"--volume={pip}:/etc/pip.conf:ro",
-            *("--file", str(CHECKOUT / "Dockerfile"), "--tag", tag, str(CHECKOUT)),
+            *(f"--build-arg=VERSION={version}", "--tag", tag, str(context)),
         )
     _buildah("push", tag, f"docker-archive:{target}:{tag}")
 

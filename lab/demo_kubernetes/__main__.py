@@ -1,7 +1,8 @@
-"""Tells the demo on the cluster of the laboratory: `python -m lab.demo_kubernetes`, or `make demo-kubernetes`.
+"""Tells a story on the cluster of the laboratory: `python -m lab.demo_kubernetes [STORY]`, or `make demo-kubernetes`.
 
-A cluster that is up is used; otherwise one is brought up, and stays for looking around. What is kept true: the first
-claim that fails ends the demo with 1, the cluster's logs collected.
+The stories are a volume's life, faults, an upgrade, and a remote volume that moves. A cluster that is up is used;
+otherwise one is brought up, and stays for looking around. What is kept true: the first claim that fails ends the story
+with 1, the cluster's logs collected.
 """
 
 import argparse
@@ -12,22 +13,29 @@ from lab.cluster import bundle, network
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.demo.story import ClaimFailed, Story
-from lab.demo_kubernetes.life import STEPS, Shown
+from lab.demo_kubernetes import faults, life, moving, upgrade
+from lab.demo_kubernetes.life import Shown, install
 from lab.errors import LabError
+
+STORIES = {"life": life.STEPS, "faults": faults.STEPS, "upgrade": upgrade.STEPS, "moving": moving.STEPS}
 
 
 def main() -> int:
     """Tell the whole story; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", default="dev", help="which cluster (default: dev)")
-    cluster = Cluster(Layout(parser.parse_args().name))
+    parser.add_argument("story", nargs="?", choices=list(STORIES), default="life", help="default: life")
+    options = parser.parse_args()
+    cluster = Cluster(Layout(options.name))
     started = time.monotonic()
     story = Story()
     shown = Shown(story, cluster)
     try:
         if not network.exists(cluster.layout):
             cluster.up()
-        for step in STEPS:
+        if options.story != "life":
+            install(shown)
+        for step in STORIES[options.story]:
             step(shown)
     except (ClaimFailed, LabError) as error:
         print(f"\ndemo: FAILED: {error}", flush=True)

@@ -4,6 +4,7 @@ What is kept true: every wait has an end, and a wait that ends in vain says what
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,13 @@ class Kubectl:
         """Apply one of the demo's manifests."""
         self("apply", "-f", str(MANIFESTS / manifest))
 
+    def apply_text(self, manifest: str) -> None:
+        """Apply a manifest that is not among the demo's."""
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(manifest)
+            file.flush()
+            self("apply", "-f", file.name)
+
     def delete(self, manifest: str) -> None:
         """Delete what a manifest describes, and wait until it is gone."""
         self("delete", "-f", str(MANIFESTS / manifest), "--ignore-not-found", f"--timeout={WAIT_S}s")
@@ -41,9 +49,17 @@ class Kubectl:
         """One object."""
         return json.loads(self("get", kind, name, "-o", "json"))
 
-    def objects(self, kind: str) -> list[Any]:
+    def objects(self, kind: str, *options: str) -> list[Any]:
         """All objects of a kind, in the namespace if the kind is namespaced."""
-        return list(json.loads(self("get", kind, "-o", "json"))["items"])
+        return list(json.loads(self("get", kind, *options, "-o", "json"))["items"])
+
+    def succeeds(self, *words: str) -> bool:
+        """Whether a command succeeds."""
+        try:
+            self(*words)
+        except LabError:
+            return False
+        return True
 
     def wait_ready(self, pod: str) -> None:
         """Wait until a pod is Ready.

@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from lab.cluster.cluster import Cluster
 from lab.cluster.node import NodeMachine
 from lab.demo.story import Story
+from lab.demo_kubernetes import helm
 from lab.demo_kubernetes.kubectl import WAIT_S, Kubectl
-from lab.host import run
 from lab.paths import CHECKOUT
 
-CHART = CHECKOUT / "deploy" / "helm" / "csi-vduse"
-VALUES = CHECKOUT / "lab" / "demo_kubernetes" / "values.yaml"
 DRIVER = "csi.vduse.dev"
-DRIVER_NAMESPACE = "csi-vduse"
 NAMESPACE = "demo"
 _MIB = 1 << 20
 _LEFT = {
@@ -44,7 +41,7 @@ class Shown:
     @property
     def driver(self) -> Kubectl:
         """Kubectl in the driver's namespace."""
-        return Kubectl(self.cluster, DRIVER_NAMESPACE)
+        return Kubectl(self.cluster, helm.NAMESPACE)
 
 
 def install(shown: Shown) -> None:
@@ -52,16 +49,14 @@ def install(shown: Shown) -> None:
     story = shown.story
     story.step("Install the driver with Helm")
     namespace = ["create", "namespace"]
-    for name in (DRIVER_NAMESPACE, NAMESPACE):
+    for name in (helm.NAMESPACE, NAMESPACE):
         if name not in {o["metadata"]["name"] for o in shown.kubectl.objects("namespaces")}:
             shown.kubectl(*namespace, name)
     shown.driver(
-        "label", "--overwrite", "namespace", DRIVER_NAMESPACE, "pod-security.kubernetes.io/enforce=privileged"
+        "label", "--overwrite", "namespace", helm.NAMESPACE, "pod-security.kubernetes.io/enforce=privileged"
     )
-    words = ["upgrade", "--install", "csi-vduse", str(CHART), "--values", str(VALUES)]
-    story.asked(f"helm install csi-vduse {CHART.relative_to(CHECKOUT)} --values {VALUES.name}")
-    helm = [str(shown.cluster.layout.helm), *words, "--namespace", DRIVER_NAMESPACE]
-    run([*helm, "--wait", "--timeout", f"{WAIT_S}s"], timeout_s=WAIT_S + 60)
+    story.asked(f"helm install csi-vduse {helm.CHART.relative_to(CHECKOUT)} --values {helm.VALUES.name}")
+    helm.release(shown.cluster)
     story.seen(shown.driver("get", "pods", "-o", "wide"))
     shown.kubectl.wait_until(lambda: _registered(shown) == _nodes(shown), "every node has the driver")
     story.check(_registered(shown) == _nodes(shown), "kubelet on every node knows the driver")

@@ -118,7 +118,7 @@ case $1 in
     kill) kill_service "$2" ;;
     import)
         shift
-        # Unpacked when a container first needs it: most images are needed on one node only.
-        for archive; do ctr --address "$socket" --namespace k8s.io images import --no-unpack "$archive"; done
+        # Unpacked now: an emulated node needs longer for it than kubelet waits for a container to be created.
+        for archive; do ctr --address "$socket" --namespace k8s.io images import "$archive"; done
         ;;
 esac

@@ -1,0 +1,136 @@
+"""A volume of a storage server goes from node to node with its pod, also when the first node is lost."""
+
+import json
+
+from lab.cluster import storage
+from lab.cluster.control_plane import ControlPlane
+from lab.cluster.node import NodeMachine
+from lab.demo_kubernetes import helm
+from lab.demo_kubernetes.life import Shown
+from lab.paths import CHECKOUT
+
+_VALUES = CHECKOUT / "lab" / "demo_kubernetes" / "values-remote.yaml"
+_OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+# Run in the agent's container of a node: asks for an export as a worker does.
+_KNOCK = """
+import sys
+from pathlib import Path
+from csi_vduse.dataplane.backend_spec import NbdBackend, NbdTls
+from csi_vduse.dataplane.nbd_config import probe
+from csi_vduse.errors import VduseError
+try:
+    print(probe(NbdBackend(sys.argv[1], NbdTls(Path(sys.argv[2]))), timeout_s=30).size_bytes, "bytes")
+except VduseError as error:
+    print("refused:", error.message)
+"""
+
+
+def serve(shown: Shown) -> None:
+    """A storage server, and a release of the driver that knows it."""
+    story = shown.story
+    story.step("Start a storage server, and tell the driver of it")
+    storage.lay(shown.cluster.layout)
+    plane = ControlPlane(shown.cluster.layout)
+    if not plane.find("storage-server"):
+        plane.start("storage-server")
+    for secret, folder in (("storage-controller", storage.CONTROLLER), ("storage-node", storage.NODE)):
+        files = f"--from-file={shown.cluster.layout.folder / folder}"
+        made = shown.driver("create", "secret", "generic", secret, files, "--dry-run=client", "-o", "yaml")
+        shown.driver.apply_text(made)
+    story.asked(f"helm upgrade {helm.RELEASE} ... --values {_VALUES.name}")
+    helm.release(shown.cluster, values=(helm.VALUES, _VALUES))
+    story.seen(shown.kubectl("get", "storageclass"))
+
+
+def write(shown: Shown) -> None:
+    """A pod on the first node writes."""
+    story, kubectl = shown.story, shown.kubectl
+    story.step("Write 16 MiB in a pod on the first node")
+    story.asked("kubectl apply -f remote.yaml")
+    kubectl.apply("remote.yaml")
+    pod, node = _pod(shown)
+    shown.checksums["writer"] = kubectl.sh(
+        pod, "dd if=/dev/urandom of=/data/file bs=1M count=16 2>/dev/null; sync; sha256sum </data/file"
+    )
+    story.check(node == "node-1", f"the pod runs on {node}")
+    story.seen(kubectl("get", "vdusevolumes", "-o", "wide"))
+
+
+def move(shown: Shown) -> None:
+    """The first node is not to be used: the pod goes to the second."""
+    story, kubectl = shown.story, shown.kubectl
+    story.step("Drain the pod to the second node, and back")
+    for away, target in (("node-1", "node-2"), ("node-2", "node-1")):
+        kubectl("cordon", away)
+        kubectl("delete", "pod", "--selector=app=mover", "--wait=true")
+        pod, node = _pod(shown)
+        story.check(node == target, f"the pod runs on {node}")
+        _same(shown, pod)
+        kubectl("uncordon", away)
+
+
+def lose(shown: Shown) -> None:
+    """The first node loses its power."""
+    story, kubectl = shown.story, shown.kubectl
+    story.step("The first node loses its power")
+    (attached,) = kubectl.objects("volumeattachments")
+    told = attached["status"]["attachmentMetadata"]
+    first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
+    off = first.power_off()
+    kubectl("wait", "--for=condition=Ready=Unknown", "node/node-1", "--timeout=600s")
+    story.seen(kubectl("get", "nodes"))
+    story.asked(f"kubectl taint node node-1 {_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+    kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+    pod, node = _pod(shown)
+    story.check(node == "node-2", f"the pod runs on {node}")
+    _same(shown, pod)
+    kubectl.sh(pod, "echo second >/data/second; sync")
+
+    story.step("The first node comes back")
+    first.power_on(off)
+    kubectl("wait", "--for=condition=Ready", "node/node-1", "--timeout=600s")
+    kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}-")
+    helm.wait(shown.cluster)
+    agent = next(
+        found["metadata"]["name"]
+        for found in shown.driver.objects("pods", "--selector=app.kubernetes.io/component=agent")
+        if found["spec"]["nodeName"] == "node-1"
+    )
+    python = "/opt/csi-vduse/bin/python"
+    said = shown.driver("exec", agent, "--", python, "-c", _KNOCK, told["uri"], told["tlsDirectory"])
+    story.seen(said)
+    story.check(said.startswith("refused"), "the export that it had does not exist: it cannot write")
+    pod, node = _pod(shown)
+    _same(shown, pod)
+    story.check(kubectl.sh(pod, "cat /data/second") == "second", f"the pod on {node} has what it wrote")
+
+
+def clean_up(shown: Shown) -> None:
+    """Delete everything, and look for what is left on the storage server."""
+    story, kubectl = shown.story, shown.kubectl
+    story.step("Delete everything")
+    kubectl.delete("remote.yaml")
+    kubectl.wait_until(lambda: not kubectl.objects("vdusevolumes"), "there are no vdusevolumes")
+    images = shown.cluster.layout.folder / storage.IMAGES
+    left = [str(path) for path in images.rglob("*.raw")]
+    story.check(not left, "the storage server has no image" + (f": {json.dumps(left)}" if left else ""))
+
+
+STEPS = (serve, write, move, lose, clean_up)
+
+
+def _pod(shown: Shown) -> tuple[str, str]:
+    """The pod that runs now, and its node; waits until there is one."""
+    kubectl = shown.kubectl
+    kubectl("rollout", "status", "deployment/mover", "--timeout=900s")
+    (pod,) = (
+        found
+        for found in kubectl.objects("pods", "--selector=app=mover")
+        if "deletionTimestamp" not in found["metadata"]
+    )
+    return pod["metadata"]["name"], pod["spec"]["nodeName"]
+
+
+def _same(shown: Shown, pod: str) -> None:
+    read = shown.kubectl.sh(pod, "sha256sum </data/file")
+    shown.story.check(read == shown.checksums["writer"], f"it has the data (sha256 {read[:12]}...)")
