@@ -113,10 +113,11 @@ cluster-up: cluster-deps ## a Kubernetes cluster of two VMs with VDUSE kernels; 
 cluster-down: install ## end the cluster
 	@$(BIN)/python -m lab.cluster down
 
-demo-kubernetes: cluster-deps ## Helm install, a volume's life with kubectl, nothing left: on the cluster, started if need be
-	@$(call TIMED,$(BIN)/python -m lab.demo_kubernetes)
+STORY ?= life
+demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need be; or STORY=faults, upgrade, moving
+	@$(call TIMED,$(BIN)/python -m lab.demo_kubernetes $(STORY))
 
-test-e2e: cluster-deps ## the demo's steps with assertions, on the cluster, started if need be
+test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
 
 bench-deps: lab-deps

@@ -13,11 +13,9 @@ from lab.cluster import bundle, network
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.demo.story import ClaimFailed, Story
-from lab.demo_kubernetes import faults, life, moving, upgrade
-from lab.demo_kubernetes.life import Shown, install
+from lab.demo_kubernetes.life import Shown
+from lab.demo_kubernetes.stories import STORIES
 from lab.errors import LabError
-
-STORIES = {"life": life.STEPS, "faults": faults.STEPS, "upgrade": upgrade.STEPS, "moving": moving.STEPS}
 
 
 def main() -> int:
@@ -33,8 +31,6 @@ def main() -> int:
     try:
         if not network.exists(cluster.layout):
             cluster.up()
-        if options.story != "life":
-            install(shown)
         for step in STORIES[options.story]:
             step(shown)
     except (ClaimFailed, LabError) as error:

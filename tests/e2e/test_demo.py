@@ -1,7 +1,7 @@
-"""The driver's main job on a real cluster, step by step: the demo's own functions, whose claims are the assertions.
+"""The stories of the demo on a real cluster, step by step: their own functions, whose claims are the assertions.
 
-Needs a cluster of the laboratory that is up (`make cluster-up`); `make test-e2e` sees to it. The steps build on each
-other, so the first one that fails ends the story, and the rest fail with it.
+Needs a cluster of the laboratory that is up (`make cluster-up`); `make test-e2e` sees to it. The steps of a story build
+on each other, so the first one that fails ends it, and the rest fail with it.
 """
 
 import pytest
@@ -10,7 +10,8 @@ from lab.cluster import bundle, network
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.demo.story import Story
-from lab.demo_kubernetes.life import STEPS, Shown
+from lab.demo_kubernetes.life import Shown
+from lab.demo_kubernetes.stories import STORIES
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,22 @@ def shown():
 
 @pytest.fixture(scope="module")
 def failed():
-    return []
+    return {}
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-def test_a_volumes_life(step, shown, failed):
-    assert not failed, f"step {failed[0]} failed before"
+@pytest.mark.parametrize(
+    ("story", "step"),
+    [
+        pytest.param(name, step, id=f"{name}-{step.__name__}")
+        for name, steps in STORIES.items()
+        for step in steps
+    ],
+)
+def test_it_goes_as_the_story_says(story, step, shown, failed):
+    assert story not in failed, f"step {failed[story]} failed before"
     try:
         step(shown)
     except BaseException:
-        failed.append(step.__name__)
+        failed[story] = step.__name__
         bundle.collect(shown.cluster.layout)
         raise
