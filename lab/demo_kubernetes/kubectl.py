@@ -14,8 +14,9 @@ from lab.cluster.cluster import Cluster
 from lab.errors import LabError
 
 MANIFESTS = Path(__file__).parent / "manifests"
-WAIT_S = 600
-"""Seconds; a pod is running some ten seconds after it was asked for, in an emulated node that has nothing else to do."""
+WAIT_S = 1800
+"""Seconds; a pod is running some ten seconds after it was asked for, on an emulated node that has nothing else to do.
+On a busy machine the first container of an image alone takes minutes."""
 
 
 class Kubectl:

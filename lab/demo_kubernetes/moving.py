@@ -6,6 +6,7 @@ from lab.cluster import storage
 from lab.cluster.control_plane import ControlPlane
 from lab.cluster.node import NodeMachine
 from lab.demo_kubernetes import helm
+from lab.demo_kubernetes.kubectl import WAIT_S
 from lab.demo_kubernetes.life import Shown
 from lab.paths import CHECKOUT
 
@@ -77,7 +78,7 @@ def lose(shown: Shown) -> None:
     told = attached["status"]["attachmentMetadata"]
     first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
     off = first.power_off()
-    kubectl("wait", "--for=condition=Ready=Unknown", "node/node-1", "--timeout=600s")
+    kubectl("wait", "--for=condition=Ready=Unknown", "node/node-1", f"--timeout={WAIT_S}s")
     story.seen(kubectl("get", "nodes"))
     story.asked(f"kubectl taint node node-1 {_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
     kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
@@ -88,7 +89,7 @@ def lose(shown: Shown) -> None:
 
     story.step("The first node comes back")
     first.power_on(off)
-    kubectl("wait", "--for=condition=Ready", "node/node-1", "--timeout=600s")
+    kubectl("wait", "--for=condition=Ready", "node/node-1", f"--timeout={WAIT_S}s")
     kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}-")
     helm.wait(shown.cluster)
     agent = next(
@@ -122,7 +123,7 @@ STEPS = (serve, write, move, lose, clean_up)
 def _pod(shown: Shown) -> tuple[str, str]:
     """The pod that runs now, and its node; waits until there is one."""
     kubectl = shown.kubectl
-    kubectl("rollout", "status", "deployment/mover", "--timeout=900s")
+    kubectl("rollout", "status", "deployment/mover", f"--timeout={WAIT_S}s")
     (pod,) = (
         found
         for found in kubectl.objects("pods", "--selector=app=mover")

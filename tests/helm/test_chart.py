@@ -210,8 +210,9 @@ def test_certificates_are_where_the_pool_is_told_they_are(everything):
         mounted = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
         volumes = {each["name"]: each for each in pod["volumes"]}
         assert volumes[mounted[place]]["secret"]["secretName"] == secret
-    assert f"--pool=far.away=nbd:storage.example:7000?tls={place}&node-tls={place}" in (
-        controller["containers"][0]["args"]
+    assert (
+        f"--pool=far.away=nbd:storage.example:7000?tls={place}&node-tls={place}"
+        in (controller["containers"][0]["args"])
     )
 
 

@@ -39,10 +39,10 @@ async def shared(cluster, server, tmp_path):
 
 
 async def publish(cluster, id_, node):
-    request = csi_pb2.ControllerPublishVolumeRequest(
-        volume_id=id_, node_id=node, volume_capability=block()
+    request = csi_pb2.ControllerPublishVolumeRequest(volume_id=id_, node_id=node, volume_capability=block())
+    return dict(
+        (await cluster.controller.ControllerPublishVolume(request, timeout=TIMEOUT_S)).publish_context
     )
-    return dict((await cluster.controller.ControllerPublishVolume(request, timeout=TIMEOUT_S)).publish_context)
 
 
 async def unpublish(cluster, id_, node):
@@ -84,7 +84,9 @@ async def test_one_node_after_the_other_uses_it_and_its_status_says_which(shared
 async def test_a_volume_on_a_node_is_published_there_and_nowhere_else(shared):
     volume = await create_when_known(shared, "v", parameters={"pool": "default"}, nodes=("n1",))
     assert await publish(shared, volume.volume_id, "n1") == {}
-    assert (await failure(publish(shared, volume.volume_id, "n2"))).code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert (
+        await failure(publish(shared, volume.volume_id, "n2"))
+    ).code() is grpc.StatusCode.FAILED_PRECONDITION
     answer = await shared.controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=TIMEOUT_S)
     assert [list(entry.status.published_node_ids) for entry in answer.entries] == [["n1"]]
     await unpublish(shared, volume.volume_id, "n1")

@@ -46,9 +46,7 @@ def view(*nodes, volumes=()):
 
 
 async def chosen(found, requirement=None, gib=1, pool="default", **only):
-    return found.choose(
-        await found.pools(), requirement, pool=pool, need_bytes=gib * GIB, **only
-    ).node
+    return found.choose(await found.pools(), requirement, pool=pool, need_bytes=gib * GIB, **only).node
 
 
 async def test_the_preferred_node_is_taken_then_the_one_with_most_room():
