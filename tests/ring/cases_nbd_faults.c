@@ -247,3 +247,29 @@ CASE(nbd_a_device_that_exists_is_served_again_while_its_server_is_away)
     rig_close(&rig);
     fake_nbd_close(&s);
 }
+
+/* With each of the queue's requests in flight, the driver makes one more available. */
+BOTH(a_chain_more_than_the_ring_has_is_a_fault)
+{
+    struct rig rig;
+    struct fake_nbd s;
+    static struct blk blks[MANY];
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = MANY, .indirect = true });
+    store_relaxed(&s.hold, true);
+    send_reads(&rig, &s, blks);
+    WAIT_FOR(rig_stats(&rig, 0).in_flight == MANY);
+    if (rig.plan.packed)
+        for (uint32_t i = 0; i < MANY; i++) /* a driver that takes its chains back before they are used */
+            rig.q[0].ring[i].flags ^= 1 << VRING_PACKED_DESC_F_AVAIL | 1 << VRING_PACKED_DESC_F_USED;
+    else
+        dqueue_put(&rig.q[0], 0);
+    dqueue_kick_always(&rig.q[0]);
+    WAIT_FOR(rig_stats(&rig, 0).fault);
+    fake_nbd_kill(&s);
+    store_relaxed(&s.hold, false);
+    fake_nbd_restart(&s);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}

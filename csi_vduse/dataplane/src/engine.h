@@ -99,7 +99,7 @@ struct vd_queue {
     struct vd_memory *moved_to;  /* where the rings are to be looked for from now on, until the thread has done so */
     struct vd_pace pace;
     struct io_uring uring;
-    struct vd_request *requests; /* as many as the ring has entries, so that there is one for every chain */
+    struct vd_request *requests; /* as many as the ring has entries, one for every chain; and one that is never taken */
     struct vd_request *free;     /* those not in flight; the last one used comes first: its memory is warm */
     struct iovec *iovecs;
     struct vd_extent *extents;

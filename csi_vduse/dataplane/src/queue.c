@@ -145,7 +145,7 @@ static int fetch(struct vd_queue *q)
         return 0;
     }
     for (int i = 0; i < available && !q->stats->fault && !load_relaxed(&q->abandoned); i++) {
-        struct vd_request *r = q->free; /* there is one: no two chains in flight have the same id */
+        struct vd_request *r = q->free; /* the last one is not taken: with all ids in flight any chain is a fault */
         struct vd_chain chain = { .iov = r->storage };
         enum vd_queue_fault fault = vd_vring_next(&q->ring, &chain);
 

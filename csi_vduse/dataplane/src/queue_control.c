@@ -97,13 +97,14 @@ static struct vd_queue *new_queue(struct vd_engine *engine, uint32_t index, cons
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&q->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    q->requests = calloc(size, sizeof(*q->requests));
+    q->requests = calloc(size + 1, sizeof(*q->requests)); /* with one for the driver who makes one too many available */
     q->iovecs = calloc(size * size, sizeof(*q->iovecs)); /* pages that no request needs are never touched */
     q->extents = calloc(size * VD_EXTENTS_MAX, sizeof(*q->extents));
     if (q->wake_fd < 0 || !q->requests || !q->iovecs || !q->extents) {
         vd_queue_free(q);
         return NULL;
     }
+    q->free = &q->requests[size];
     for (size_t i = size; i-- > 0;) {
         q->requests[i].next_free = q->free;
         q->free = &q->requests[i];
