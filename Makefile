@@ -65,7 +65,7 @@ test-fuzz: fuzz-deps ## the fuzzers on their corpus, and a little beyond: a minu
 	@$(call TIMED,tests/fuzz/run.sh 12)
 
 FUZZ_SECONDS ?= 1200
-fuzz: fuzz-deps ## the fuzzers for long: FUZZ_SECONDS each (1200), FUZZERS="split packed log threads session decode"
+fuzz: fuzz-deps ## the fuzzers for long: FUZZ_SECONDS each (1200), FUZZERS="split packed log threads nbd session decode"
 	@$(call TIMED,tests/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZERS))
 
 test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU guests; no VM of the lab, no root

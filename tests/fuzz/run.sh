@@ -11,11 +11,11 @@ cache=${CSI_VDUSE_CACHE:-$root/.cache}/fuzz
 mkdir -p "$cache/findings"
 
 if [ $# = 0 ]; then
-    if command -v clang-14 >/dev/null; then set -- split packed log threads; fi
+    if command -v clang-14 >/dev/null; then set -- split packed log threads nbd; fi
     if "$root/.venv/bin/python" -c 'import atheris' 2>/dev/null; then set -- "$@" session decode; fi
 fi
 [ $# != 0 ] || { echo "fuzz: neither clang-14 nor atheris is here: nothing was fuzzed" >&2; exit 1; }
-case " $* " in *" split "* | *" packed "* | *" log "* | *" threads "*)
+case " $* " in *" split "* | *" packed "* | *" log "* | *" threads "* | *" nbd "*)
     make -s -j2 -C "$here" BUILD="$cache" ;;
 esac
 

@@ -274,6 +274,22 @@ BOTH(nbd_parts_of_large_blocks_are_changed_without_undoing_what_others_write)
     fake_nbd_close(&s);
 }
 
+CASE(nbd_the_end_of_an_export_that_is_no_whole_block_is_not_offered)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.min_block = BLOCK;
+    s.size = 4 * MIB - 512;
+    nbd_rig_plan(&rig, &s, (struct plan){ .size = 64 });
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -ENOSPC);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .capacity = 4 * MIB - BLOCK });
+    blk_prove(&rig, 0);
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
 CASE(nbd_requests_across_large_blocks_are_right_at_both_ends)
 {
     struct rig rig;

@@ -1,7 +1,11 @@
 /* The NBD backend against a server that goes, comes back, lies, or says nothing. */
+#include <netinet/in.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "engine.h"
+#include "fake_lookup.h"
 #include "fake_nbd.h"
 #include "nbd_rig.h"
 
@@ -65,6 +69,24 @@ CASE(nbd_more_data_than_was_asked_for_goes_nowhere) { survives(TOO_MUCH, true, f
 CASE(nbd_an_answer_with_data_missing_is_no_answer) { survives(MISSING, true, false); }
 CASE(nbd_a_chunk_of_unknown_type_ends_the_connection_and_nothing_else) { survives(UNKNOWN_TYPE, true, true); }
 CASE(nbd_a_server_that_is_shutting_down_fails_no_request) { survives(FAIL_SHUTDOWN, false, false); }
+
+CASE(nbd_a_write_that_is_answered_before_its_data_are_sent_is_not_done)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 2 * MIB);
+
+    pattern(b.data, 2 * MIB, 1);
+    fake_nbd_misbehave(&s, EARLY, 0);
+    CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 0, 2 * MIB), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK(is_pattern(s.image, 2 * MIB, 1));
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
 
 /* An error of the server's disk is the driver's to know, and the connection stays. */
 static void reports(int misdeed, bool structured, bool extended)
@@ -145,6 +167,87 @@ CASE(nbd_a_server_that_comes_back_smaller_is_refused_until_it_is_right)
     store_relaxed(&s.refuse, false);
     CHECK_EQUAL(blk_finish(&rig.q[0], &b), VIRTIO_BLK_S_OK);
     rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_a_server_that_comes_back_with_other_blocks_is_refused_until_it_is_right)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.min_block = 4096;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    struct blk b = blk_new(&rig, 512);
+
+    memset(s.image, 0x77, 4 * MIB);
+    fake_nbd_settle(&s);
+    store_relaxed(&s.hold, true);
+    pattern(b.data, 512, 1);
+    blk_send(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 9, 512);
+    WAIT_FOR(load_relaxed(&s.reads));
+    fake_nbd_kill(&s);
+    store_relaxed(&s.hold, false);
+    s.min_block = 8192;
+    fake_nbd_restart(&s);
+    WAIT_FOR(nbd_status(&rig).state == VD_BACKEND_REFUSED);
+    CHECK(strstr(nbd_status(&rig).reason, "8192"));
+    fake_nbd_kill(&s);
+    s.min_block = 4096;
+    fake_nbd_restart(&s);
+    CHECK_EQUAL(blk_finish(&rig.q[0], &b), VIRTIO_BLK_S_OK);
+    fake_nbd_settle(&s);
+    CHECK(is_byte(s.image, 9 * 512, 0x77) && is_pattern(s.image + 9 * 512, 512, 1) &&
+          is_byte(s.image + 10 * 512, 4 * MIB - 10 * 512, 0x77));
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
+/* Of two addresses of a host the first one says nothing: its queue of connections is full. */
+CASE(nbd_an_address_that_is_silent_does_not_keep_us_from_the_next)
+{
+    struct vd_nbd_config config = { .host = "two.example", .service = "10809", .export_name = "disk" };
+    struct sockaddr_in addresses[2];
+    int listeners[2], fillers[4];
+    struct vd_nbd_info info;
+    char reason[160];
+
+    for (int i = 0; i < 2; i++) {
+        socklen_t length = sizeof(addresses[i]);
+
+        addresses[i] = (struct sockaddr_in){ .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+        listeners[i] = socket(AF_INET, SOCK_STREAM, 0);
+        CHECK(!bind(listeners[i], (struct sockaddr *)&addresses[i], length) && !listen(listeners[i], i) &&
+              !getsockname(listeners[i], (struct sockaddr *)&addresses[i], &length));
+    }
+    for (int i = 0; i < 4; i++) {
+        fillers[i] = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        (void)!connect(fillers[i], (struct sockaddr *)&addresses[0], sizeof(addresses[0]));
+    }
+    fake_lookup(addresses, 2, 0);
+    CHECK_EQUAL(vd_nbd_probe(&config, 1000, &info, reason), -ETIMEDOUT);
+    CHECK(strstr(reason, "did not answer")); /* he who listens, and says nothing either */
+    for (int i = 0; i < 4; i++)
+        close(fillers[i]);
+    close(listeners[0]);
+    close(listeners[1]);
+}
+
+CASE(nbd_a_name_that_is_looked_up_for_long_does_not_hold_up_control)
+{
+    struct vd_nbd_config config = { .host = "slow.example", .service = "10809", .export_name = "disk", .wait = 1 };
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 4 * MIB);
+    nbd_rig_plan(&rig, &s, (struct plan){ .size = 64 });
+    rig.config.nbd = &config;
+    fake_lookup(NULL, 0, 7000);
+    CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), 0);
+    uint64_t begin = now_ns();
+    CHECK_EQUAL(vd_engine_set_capacity(rig.engine, 4 * MIB), -ETIMEDOUT);
+    vd_engine_free(rig.engine);
+    CHECK(now_ns() - begin < 6000000000);
     fake_nbd_close(&s);
 }
 

@@ -174,12 +174,12 @@ static size_t answer(struct fake_nbd *s, uint8_t *to, bool structured, bool exte
     return n + c->length;
 }
 
-static int take_misdeed(struct fake_nbd *s)
+static int take_misdeed(struct fake_nbd *s, bool early)
 {
     int misdeed = BE_GOOD;
 
     pthread_mutex_lock(&s->lock);
-    if (s->misdeed && !s->skip--) {
+    if (s->misdeed && (s->misdeed == EARLY) == early && !s->skip--) {
         misdeed = s->misdeed;
         s->skip = 0;
         s->misdeed = BE_GOOD;
@@ -196,7 +196,7 @@ static bool reply(struct fake_nbd *s, int fd, bool structured, bool extended, co
     pthread_mutex_lock(&s->lock);
     n = answer(s, buffer, structured, extended, c);
     pthread_mutex_unlock(&s->lock);
-    switch (take_misdeed(s)) {
+    switch (take_misdeed(s, false)) {
     case CLOSE:
         return false;
     case HALF:
@@ -276,6 +276,11 @@ static bool serve(struct fake_nbd *s, int fd, bool extended, struct command *c, 
         return true;
     case NBD_WRITE:
         count(&s->writes);
+        if (take_misdeed(s, true)) {
+            give(fd, buffer, answer(s, buffer, false, extended, c));
+            usleep(100000);
+            return false;
+        }
         if (!get(fd, buffer, c->length))
             return false;
         pthread_mutex_lock(&s->lock);

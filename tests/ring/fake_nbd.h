@@ -26,6 +26,7 @@ enum misdeed {
     FAIL_EIO,
     FAIL_SHUTDOWN,
     FAIL_EIO_WITH_TEXT, /* in a chunk, after half of the data */
+    EARLY,        /* a write is answered before its data are read, and then never done */
     MISDEEDS
 };
 

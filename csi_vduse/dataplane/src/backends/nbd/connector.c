@@ -3,6 +3,8 @@
  * the queues that wait for one. Everything that may take long is here: looking up names, connecting, TLS, a
  * server that does not answer. Queue threads never wait for it but in their usual sleep.
  *
+ * The same thread looks at the server when the volume is to grow: with a connection that is closed at once.
+ *
  * A server that is not there, or is not the one that it was (too small, read-only, one connection where several are
  * needed), is asked again and again, ever more slowly; meanwhile requests wait and the status says why.
  */
@@ -88,20 +90,35 @@ static int connect_unix(struct nbd_stream *s, const char *path)
     return connect_to(s, (const struct sockaddr *)&address, sizeof(address), AF_UNIX);
 }
 
-static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, char *reason)
+static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char *reason)
 {
     struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
     int error = getaddrinfo(target->host, target->service, &hints, &found);
+    uint64_t left = 0;
 
     if (error) {
         snprintf(reason, NBD_REASON_BYTES, "host %.60s: %s", target->host, gai_strerror(error));
         return -EHOSTUNREACH;
     }
     error = -EHOSTUNREACH;
-    for (struct addrinfo *each = found; each && error && error != -ECANCELED; each = each->ai_next)
+    for (struct addrinfo *each = found; each; each = each->ai_next)
+        left++;
+    for (struct addrinfo *each = found; each && error && error != -ECANCELED; each = each->ai_next) {
+        uint64_t now = now_ns();
+
+        s->deadline_ns = now + timeout_ns / left--; /* one that is silent must not cost the others their chance */
         error = connect_to(s, each->ai_addr, each->ai_addrlen, each->ai_family);
+        timeout_ns -= at_most(timeout_ns, now_ns() - now);
+    }
+    s->deadline_ns = now_ns() + timeout_ns;
     freeaddrinfo(found);
     return error;
+}
+
+/* Smaller ones than a sector are all the same to us. */
+static uint32_t block_of(uint32_t min_block)
+{
+    return min_block > VD_SECTOR_BYTES ? min_block : VD_SECTOR_BYTES;
 }
 
 /* Whether an export can serve what the driver was told; 0 or -errno. */
@@ -109,6 +126,7 @@ static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
 {
     pthread_mutex_lock(&n->lock);
     uint64_t needed = n->needed_bytes;
+    uint32_t block = n->export.min_block;
 
     pthread_mutex_unlock(&n->lock);
     if (e->size_bytes < needed) {
@@ -124,16 +142,21 @@ static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
         snprintf(reason, NBD_REASON_BYTES, "the server does not allow several connections (MULTI_CONN), one for each queue");
         return -EMLINK;
     }
+    if (block && block_of(e->min_block) != block_of(block)) { /* what partial.c has begun counts in those */
+        snprintf(reason, NBD_REASON_BYTES, "the server's blocks have %u bytes now, and had %u", e->min_block, block);
+        return -EPROTO;
+    }
     return 0;
 }
 
 int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
 {
-    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ms * 1000000 };
+    uint64_t timeout_ns = timeout_ms * 1000000;
+    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns };
     int error;
 
     reason[0] = 0;
-    error = n->target.socket[0] ? connect_unix(&s, n->target.socket) : connect_tcp(&s, &n->target, reason);
+    error = n->target.socket[0] ? connect_unix(&s, n->target.socket) : connect_tcp(&s, &n->target, timeout_ns, reason);
     if (error) {
         if (!reason[0])
             snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
@@ -176,17 +199,17 @@ static bool is_refusal(int error)
            error == -EMLINK || error == -EINVAL;
 }
 
-/* Give the connection to the first queue that waits; with the lock held. */
-static void hand_over(struct nbd *n, const struct nbd_link *link)
+/* Give the connection to the first queue that waits, or to nobody; with the lock held. */
+static void hand_over(struct nbd *n, struct nbd_link *link)
 {
     struct nbd_queue *nq = n->wanting;
 
     n->export = link->export;
-    say(n, VD_BACKEND_CONNECTED, "");
     if (!nq) {
-        n->spare = *link;
+        nbd_link_close(link);
         return;
     }
+    say(n, VD_BACKEND_CONNECTED, "");
     n->wanting = nq->next_wanting;
     nq->fresh = *link;
     store_release(&nq->ready, true);
@@ -196,7 +219,7 @@ static void hand_over(struct nbd *n, const struct nbd_link *link)
 /* Wait until a moment, or until the backend closes; with the lock held. */
 static void wait_until(struct nbd *n, uint64_t moment_ns)
 {
-    struct timespec until = { (time_t)(moment_ns / 1000000000), (long)(moment_ns % 1000000000) };
+    struct timespec until = moment(moment_ns);
 
     while (!n->closing && now_ns() < moment_ns)
         pthread_cond_timedwait(&n->changed, &n->lock, &until);
@@ -214,11 +237,11 @@ void *nbd_connector_run(void *argument)
         char reason[NBD_REASON_BYTES];
         struct nbd_link link;
 
-        if (!n->wanting) {
+        if (!n->wanting && !n->looking) {
             pthread_cond_wait(&n->changed, &n->lock);
             continue;
         }
-        if (n->spare.fd >= 0) {
+        if (n->wanting && n->spare.fd >= 0) {
             link = n->spare;
             n->spare = (struct nbd_link){ .fd = -1 };
             hand_over(n, &link);
@@ -227,18 +250,30 @@ void *nbd_connector_run(void *argument)
         wait_until(n, n->settle_until_ns);
         if (n->closing)
             break;
+        bool look = n->looking; /* one that is asked for from here on wants to hear what is said later */
+
         pthread_mutex_unlock(&n->lock);
         int error = nbd_connect(n, ATTEMPT_MS, &link, reason);
 
         pthread_mutex_lock(&n->lock);
+        if (n->closing) {
+            if (!error)
+                nbd_link_close(&link);
+            break;
+        }
+        if (look && n->looking) {
+            n->looking = false;
+            n->look_error = error;
+            pthread_cond_broadcast(&n->changed);
+        }
         if (!error) {
             pause_ms = 0;
-            n->status.connects++;
+            n->status.connects += n->wanting != NULL;
             hand_over(n, &link);
             continue;
         }
-        if (n->closing)
-            break;
+        if (!n->wanting)
+            continue;
         n->status.failures++;
         say(n, is_refusal(error) ? VD_BACKEND_REFUSED : VD_BACKEND_CONNECTING, reason);
         pause_ms = pause_ms ? (2 * pause_ms < RETRY_MAX_MS ? 2 * pause_ms : RETRY_MAX_MS) : SETTLE_MS;

@@ -183,8 +183,13 @@ void nbd_turn(struct vd_queue *q)
 void nbd_event(struct vd_queue *q, void *data, int result)
 {
     struct nbd_queue *nq = q->backend;
+    enum nbd_tag tag = (uintptr_t)data & NBD_TAGS;
 
-    switch ((uintptr_t)data & NBD_TAGS) {
+    if (load_relaxed(&q->abandoned)) { /* what came is in nobody's buffers, and what is left to be sent is nobody's */
+        *(tag == NBD_SEND ? &nq->sending : tag == NBD_RECEIVE ? &nq->receiving : &nq->watching) = false;
+        return;
+    }
+    switch (tag) {
     case NBD_SEND:
         if (nq->link.ssl)
             nbd_secure_send_done(nq, result);
@@ -192,10 +197,6 @@ void nbd_event(struct vd_queue *q, void *data, int result)
             nbd_send_done(nq, result);
         return;
     case NBD_RECEIVE:
-        if (load_relaxed(&q->abandoned)) {
-            nq->receiving = false; /* what came is in nobody's buffers, or nobody looks at it */
-            return;
-        }
         if (nq->link.ssl)
             nbd_secure_receive_done(nq, result);
         else

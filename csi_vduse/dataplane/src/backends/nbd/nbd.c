@@ -42,8 +42,8 @@ static int copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
 /* True if the thread has ended: one that looks up a name cannot be interrupted, and keeps what it uses. */
 static bool stop_connector(struct nbd *n)
 {
-    uint64_t one = 1, until_ns = now_ns() + JOIN_MS * 1000000ull;
-    struct timespec until = { (time_t)(until_ns / 1000000000), (long)(until_ns % 1000000000) };
+    struct timespec until = moment(now_ns() + JOIN_MS * 1000000ull);
+    uint64_t one = 1;
     int error = 0;
 
     (void)!write(n->cancel_fd, &one, sizeof(one));
@@ -146,19 +146,24 @@ static void nbd_info(void *state, struct vd_backend_info *info)
     pthread_mutex_unlock(&n->lock);
 }
 
-/* The size is said in the handshake only: shake hands once more. */
+/*
+ * The size is said in the handshake only: shake hands once more. Not here: the control thread may be kept for a moment, and
+ * looking up a name may take minutes.
+ */
 static int nbd_resize(void *state, uint64_t capacity_bytes)
 {
     struct nbd *n = state;
-    char reason[NBD_REASON_BYTES];
-    struct nbd_link link;
-    int error = nbd_connect(n, LOOK_MS, &link, reason);
+    struct timespec until = moment(now_ns() + LOOK_MS * 1000000ull);
+    int error = 0;
 
-    if (!error)
-        nbd_link_close(&link);
     pthread_mutex_lock(&n->lock);
-    if (!error)
-        n->export.size_bytes = link.export.size_bytes;
+    n->looking = true;
+    n->look_error = -ETIMEDOUT;
+    pthread_cond_broadcast(&n->changed);
+    while (n->looking && !error)
+        error = pthread_cond_timedwait(&n->changed, &n->lock, &until);
+    n->looking = false;
+    error = n->look_error;
     if (!error && capacity_bytes > n->export.size_bytes)
         error = -EINVAL;
     if (!error)

@@ -32,6 +32,7 @@ enum {
     NBD_SPILL_BYTES = 256 * 1024, /* what may have to be put elsewhere because it was not what was predicted */
     NBD_TLS_BYTES = 64 * 1024,
     NBD_BLOCK_MAX = 64 * 1024,    /* smallest unit of a server, the largest that we take */
+    NBD_COOKIE_SHIFT = 16,        /* a command's number; below it the slot's */
 };
 
 /* A socket with a deadline; ssl is NULL when the bytes in it are plain, or the kernel's TLS makes them so. */
@@ -76,6 +77,8 @@ struct nbd {
     pthread_mutex_t lock;        /* all below */
     pthread_cond_t changed;
     bool closing, finished;
+    bool looking;                /* resize waits for what the next connection says, or for why there is none: look_error */
+    int look_error;
     struct nbd_queue *queues;    /* all that run */
     uint32_t writers;            /* commands under way that change whole blocks; counted only where blocks are large */
     uint32_t changers;           /* slots that wait to change a part of a block */
@@ -110,6 +113,7 @@ struct nbd_slot {
     struct iovec *iov;            /* payload */
     struct iovec block_iov;
     uint32_t iov_count;
+    uint32_t send_end;            /* index into send_iov, behind the command's last piece */
     uint32_t received;            /* of a read's payload */
     int error;                    /* positive errno, of a chunk */
     uint64_t sent_ns;
@@ -157,8 +161,9 @@ struct nbd_queue {
     struct nbd_list waiting;      /* to be sent */
     struct nbd_list sent;         /* to be answered */
 
-    struct iovec *send_iov;
+    struct iovec *send_iov;       /* pieces of what is being sent; the kernel is done with those before send_first */
     uint32_t send_count, send_first;
+    uint64_t sent_before;         /* cookies up to this one: all of their pieces are */
     struct msghdr send_message;
 
     /* Of the reply that is being received. */
@@ -265,6 +270,17 @@ void nbd_release(struct nbd_queue *nq, struct nbd_slot *slot);
 enum nbd_next nbd_part(struct nbd_queue *nq, struct nbd_slot *slot, uint64_t offset);
 /* The command for the block has been answered: how much of the request is done by it. */
 uint64_t nbd_part_done(struct nbd_queue *nq, struct nbd_slot *slot);
+
+/* What now_ns counts, for pthread_cond_timedwait. */
+static inline struct timespec moment(uint64_t ns)
+{
+    return (struct timespec){ (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
+}
+
+static inline uint64_t at_most(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
 
 static inline void nbd_append(struct nbd_list *list, struct nbd_slot *slot)
 {

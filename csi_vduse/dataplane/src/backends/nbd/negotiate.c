@@ -98,8 +98,10 @@ static int ask(struct nbd_stream *s, uint32_t option, char *reason)
     return reply.type & NBD_REPLY_ERROR ? 0 : broken(reason, "the server's answer to an option is none");
 }
 
-static int check_export(const struct nbd_export *e, char *reason)
+static int check_export(struct nbd_export *e, char *reason)
 {
+    if (e->min_block)
+        e->size_bytes -= e->size_bytes % e->min_block; /* what is left at the end cannot be reached */
     if (!e->size_bytes || e->size_bytes > INT64_MAX)
         return broken(reason, "the server says that the export has no or an absurd size");
     if (!(e->flags & NBD_FLAG_HAS_FLAGS))

@@ -1,8 +1,8 @@
 /*
  * The header of one reply: simple, structured or extended, and what of a chunk's payload says where the rest belongs.
  *
- * The server chose every number in it. What comes out names a command that was sent and not yet answered, and a range
- * inside of that command's buffers.
+ * The server chose every number in it. What comes out names a command that was sent as a whole and is not yet answered, and
+ * a range inside of that command's buffers.
  */
 #include <errno.h>
 
@@ -29,12 +29,18 @@ static int to_errno(uint32_t error)
     }
 }
 
+/* Whether the kernel still reads the command, or may: its request must not end before. */
+static bool being_sent(const struct nbd_queue *nq, const struct nbd_slot *slot)
+{
+    return slot->cookie >> NBD_COOKIE_SHIFT > nq->sent_before && nq->send_first < slot->send_end;
+}
+
 static struct nbd_slot *find_slot(struct nbd_queue *nq, uint64_t cookie)
 {
-    uint64_t index = cookie & UINT16_MAX;
+    uint64_t index = cookie & ((1 << NBD_COOKIE_SHIFT) - 1);
     struct nbd_slot *slot = &nq->slots[index];
 
-    return index < nq->queue->config.size && slot->sent && slot->cookie == cookie ? slot : NULL;
+    return index < nq->queue->config.size && slot->sent && slot->cookie == cookie && !being_sent(nq, slot) ? slot : NULL;
 }
 
 /* A part of what the command reads: from offset, as the protocol counts, so many bytes. */

@@ -16,7 +16,7 @@ static void encode(struct nbd_queue *nq, struct nbd_slot *slot)
 
     if (extended && slot->type == NBD_WRITE)
         flags |= NBD_CMD_PAYLOAD_LENGTH;
-    slot->cookie = ++nq->cookies << 16 | (uint64_t)(slot - nq->slots);
+    slot->cookie = ++nq->cookies << NBD_COOKIE_SHIFT | (uint64_t)(slot - nq->slots);
     put32(slot->header, extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC);
     put16(slot->header + 4, flags);
     put16(slot->header + 6, slot->type);
@@ -57,6 +57,7 @@ static bool add(struct nbd_queue *nq, struct nbd_slot *slot)
     nq->send_iov[nq->send_count++] = (struct iovec){ slot->header, header_bytes };
     if (payload)
         nq->send_count += add_payload(nq->send_iov + nq->send_count, slot);
+    slot->send_end = nq->send_count;
     nbd_remove(&nq->waiting, slot);
     nbd_append(&nq->sent, slot);
     slot->sent = true;
@@ -72,6 +73,7 @@ static void gather(struct nbd_queue *nq)
     struct nbd_slot *next;
 
     nq->send_first = nq->send_count = 0;
+    nq->sent_before = nq->cookies;
     for (struct nbd_slot *slot = nq->waiting.first; slot; slot = next) {
         enum nbd_next need = nbd_next_command(nq, slot);
 

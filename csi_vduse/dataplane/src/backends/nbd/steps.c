@@ -28,11 +28,6 @@ static bool must_sync(const struct nbd_queue *nq)
     return !(nq->queue->config.features >> VIRTIO_BLK_F_FLUSH & 1);
 }
 
-static uint64_t at_most(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 static enum nbd_next command(struct nbd_slot *slot, uint16_t type, uint64_t offset, uint64_t length)
 {
     slot->type = type;

@@ -107,7 +107,7 @@ int nbd_stream_connect(struct nbd_stream *s, const struct sockaddr *address, soc
 
     if (!connect(s->fd, address, length))
         return 0;
-    if (errno != EINPROGRESS && errno != EAGAIN)
+    if (errno != EINPROGRESS)
         return -errno;
     error = wait_for(s, POLLOUT);
     if (error)

@@ -19,11 +19,11 @@
 enum { PSK_MAX = 256 };
 
 /* A PSK file's entry: lines of IDENTITY:HEX (psktool(1)). Returns the key's length, 0 if there is none. */
-static unsigned find_psk(const char *path, const char *identity, char *name, size_t name_bytes, unsigned char *key)
+static size_t find_psk(const char *path, const char *identity, char *name, size_t name_bytes, unsigned char *key)
 {
     FILE *file = fopen(path, "re");
     char line[1024];
-    unsigned length = 0;
+    size_t length = 0;
 
     while (file && !length && fgets(line, sizeof(line), file)) {
         char *colon = strrchr(line, ':');
@@ -34,10 +34,9 @@ static unsigned find_psk(const char *path, const char *identity, char *name, siz
         if ((identity[0] && strcmp(line, identity)) || strlen(line) >= name_bytes)
             continue;
         snprintf(name, name_bytes, "%s", line);
-        unsigned value;
-
-        for (const char *hex = colon + 1; length < PSK_MAX && sscanf(hex, "%2x", &value) == 1 && hex[1] != '\n'; hex += 2)
-            key[length++] = (unsigned char)value;
+        colon[1 + strcspn(colon + 1, "\r\n")] = 0;
+        if (OPENSSL_hexstr2buf_ex(key, PSK_MAX, &length, colon + 1, 0) != 1)
+            length = 0;
     }
     if (file)
         fclose(file);
@@ -50,14 +49,14 @@ static unsigned give_psk(SSL *ssl, const char *hint, char *identity, unsigned id
 {
     const struct nbd_target *target = SSL_get_ex_data(ssl, 0);
     unsigned char found[PSK_MAX];
-    unsigned length = find_psk(target->psk_file, target->psk_identity, identity, identity_bytes, found);
+    size_t length = find_psk(target->psk_file, target->psk_identity, identity, identity_bytes, found);
 
     (void)hint;
     if (length > key_bytes)
         length = 0;
     memcpy(key, found, length);
     OPENSSL_cleanse(found, sizeof(found));
-    return length;
+    return (unsigned)length;
 }
 
 static int load_certificates(SSL_CTX *context, const char *folder, char *reason)
