@@ -140,7 +140,13 @@ class _Spawner:
     def _execute_anew(self) -> None:
         self._log.info("executing the program anew", workers=len(self._workers))
         os.environ[_WORKERS_VARIABLE] = " ".join(str(pid) for pid in sorted(self._workers))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+        try:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+        except OSError as error:
+            # Our end could be the workers': better the old program than none.
+            self._log.error("the program cannot be executed; the old one goes on", error=str(error))
+            del os.environ[_WORKERS_VARIABLE]
+            self._reload = False
 
     def _pause(self) -> float | None:
         now = time.monotonic()

@@ -56,31 +56,34 @@ class Worker:
     async def call(
         self, message: channel.Message, fds: Sequence[int] = (), *, timeout_s: float
     ) -> channel.Message:
-        """Send a request and return the answer.
+        """Send a request and return the answer; the time that requests before it take counts.
 
         Raises:
             Unavailable: the worker is dead or has closed its socket.
             DeadlineExceeded: no answer in time.
             VduseError: what the worker reported, as the class that it named.
         """
-        async with self._lock:
-            if not self.alive:
-                raise Unavailable(f"worker {self.pid} is dead")
-            if self._control is None:
-                self._control, _ = connect(self._listen_path)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await call(self._control, message, fds)
-            except (TimeoutError, asyncio.CancelledError, Unavailable) as error:
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                return await self._call(message, fds)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"worker {self.pid} did not answer {message['op']!r} within {timeout_s:g} s"
+            ) from error
+
+    async def _call(self, message: channel.Message, fds: Sequence[int]) -> channel.Message:
+        if not self.alive:
+            raise Unavailable(f"worker {self.pid} is dead")
+        if self._control is None:
+            self._control, _ = connect(self._listen_path)
+        try:
+            return await call(self._control, message, fds)
+        except (asyncio.CancelledError, Unavailable):
+            self._close_control()
+            raise
+        finally:
+            if self._closed:
                 self._close_control()
-                if isinstance(error, TimeoutError):
-                    raise DeadlineExceeded(
-                        f"worker {self.pid} did not answer {message['op']!r} within {timeout_s:g} s"
-                    ) from error
-                raise
-            finally:
-                if self._closed:
-                    self._close_control()
 
     def listen_at(self, path: Path) -> None:
         """Let it be found at another path, in the place of whoever was found there."""
@@ -121,9 +124,8 @@ class Worker:
         self.on_exit = None
         self._watch.close()
         self._closed = True
-        if (
-            not self._lock.locked()
-        ):  # or whoever waits for an answer would wait on a descriptor of somebody else
+        # Else whoever waits for an answer would wait on a descriptor of somebody else.
+        if not self._lock.locked():
             self._close_control()
 
     def _close_control(self) -> None:

@@ -67,8 +67,8 @@ class Copies:
                 return before_ns if backend.needs_hold else time.time_ns()
             hold_s = min(need_s, _MAX_HOLD_S)
             until_s = time.monotonic() + hold_s
-            await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
-            try:
+            try:  # a hold whose answer did not reach us may have begun
+                await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
                 cut_ns = time.time_ns()
                 await copy(until_s)
             finally:

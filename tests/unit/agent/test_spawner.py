@@ -56,6 +56,8 @@ def worker(control, listen_path):
     time.sleep(60)
     return 0
 
+if sys.argv[2] == "reload-nothing":
+    sys.executable = "/nowhere"
 sys.exit(run_spawner(agent, worker))
 """
 
@@ -171,6 +173,15 @@ def test_executed_anew_it_keeps_its_number_and_its_workers(start):
     running.wait_for("worker", 2)
     os.kill(int(worker), signal.SIGKILL)
     until(lambda: not Path(f"/proc/{worker}").exists())  # reaped: it is still a child
+    assert running.process.poll() is None
+
+
+def test_a_program_that_cannot_be_executed_anew_goes_on(start):
+    running = start("reload-nothing")
+    (worker,) = running.wait_for("worker")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_for("worker", 2)
+    assert alive(int(worker))
     assert running.process.poll() is None
 
 

@@ -19,7 +19,7 @@ from csi_vduse.agent.model import AttachSpec, State
 from csi_vduse.agent.watch import connect
 from csi_vduse.dataplane.backend_spec import FileBackend
 from csi_vduse.dataplane.served import DRAIN_TIMEOUT_S
-from csi_vduse.errors import DeadlineExceeded
+from csi_vduse.errors import DeadlineExceeded, Unavailable
 from tests.unit.agent.test_agent import until
 from tests.unit.fakes.worker import FakeWorkers
 
@@ -43,6 +43,18 @@ async def test_a_stopped_worker_is_replaced(agent: Agent, workers: FakeWorkers):
     os.kill(before.worker_pid, signal.SIGSTOP)
     await until(lambda: agent.attachments()[0].worker_pid not in (0, before.worker_pid))
     assert agent.attachments()[0].state is State.ATTACHED
+    await until(lambda: workers.running() == 1)
+
+
+async def test_a_worker_that_stopped_while_somebody_waits_for_it_is_replaced(
+    agent: Agent, workers: FakeWorkers
+):
+    before = await agent.attach(SPEC)
+    os.kill(before.worker_pid, signal.SIGSTOP)
+    holding = asyncio.ensure_future(agent.quiesce("vol-1", 100.0))
+    await until(lambda: agent.attachments()[0].worker_pid not in (0, before.worker_pid))
+    with pytest.raises(Unavailable):
+        await holding
     await until(lambda: workers.running() == 1)
 
 

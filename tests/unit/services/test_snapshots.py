@@ -203,6 +203,19 @@ async def test_a_volume_whose_worker_is_dead_is_not_copied(stack, attached):
     assert stack.leftovers() == before
 
 
+async def test_a_hold_whose_answer_is_lost_is_ended_at_once(stack, attached, monkeypatch):
+    hold = stack.agent.quiesce
+
+    async def lost(volume_id, hold_s):
+        await hold(volume_id, hold_s)
+        raise DeadlineExceeded("the worker did not answer in time")
+
+    monkeypatch.setattr(stack.agent, "quiesce", lost)
+    with pytest.raises(DeadlineExceeded):
+        await stack.snapshot(attached.volume_id)
+    assert not stack.agent.held_until_s
+
+
 async def test_a_copy_counts_even_if_resume_fails_for_the_hold_ends_by_itself(stack, attached):
     stack.agent.fail["resume"] = Unavailable("gone")
     assert (await stack.snapshot(attached.volume_id)).ready_to_use
