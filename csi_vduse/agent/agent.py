@@ -18,15 +18,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from csi_vduse import __version__, log
-from csi_vduse.agent.attach import (
-    Node,
-    attach,
-    bounce_bytes_of,
-    device_spec,
-    set_capacity,
-    set_throttle,
-)
+from csi_vduse.agent.attach import Node, attach, bounce_bytes_of, device_spec
 from csi_vduse.agent.attachments import ASK_TIMEOUT_S, Attachments
+from csi_vduse.agent.change import resize, throttle
 from csi_vduse.agent.detach import detach
 from csi_vduse.agent.handover import handover
 from csi_vduse.agent.limits import this_machine, volume_limit
@@ -49,9 +43,7 @@ from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     AlreadyExists,
     DeadlineExceeded,
-    FailedPrecondition,
     InvalidArgument,
-    OutOfRange,
     Pending,
     ResourceExhausted,
     Unavailable,
@@ -60,8 +52,6 @@ from csi_vduse.errors import (
 
 T = TypeVar("T")
 
-_RESIZE_SEEN_TIMEOUT_S = 10.0
-_POLL_S = 0.02
 _STOP_TIMEOUT_S = 20.0
 _SHUTDOWN_MSG_TIMEOUT_S = 1
 _MAX_DEFAULT_QUEUES = 4
@@ -131,13 +121,13 @@ class Agent:
         """
         return await self._finish(self._resize(volume_id, capacity_bytes))
 
-    async def throttle(self, volume_id: str, throttle: Throttle) -> Attachment:
+    async def throttle(self, volume_id: str, limits: Throttle) -> Attachment:
         """Change how fast a volume may be, at once. A volume without a living worker has it with its next one.
 
         Raises:
             NotFound: not attached.
         """
-        return await self._finish(self._throttle(volume_id, throttle))
+        return await self._finish(self._throttle(volume_id, limits))
 
     def attachments(self) -> list[Attachment]:
         """Return every attachment, by volume id."""
@@ -178,7 +168,7 @@ class Agent:
             raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
         worker = self._volumes.workers.get(volume_id)
         if worker is not None:
-            await worker.call({"op": "quiesce", "hold_s": hold_s}, timeout_s=hold_s + ASK_TIMEOUT_S)
+            await worker.call({"op": "quiesce", "hold_s": hold_s}, timeout_s=ASK_TIMEOUT_S)
         elif volume_id in self._volumes.known:
             raise Unavailable(f"the worker of volume {volume_id} is dead; its image is not a consistent cut")
 
@@ -333,36 +323,12 @@ class Agent:
 
     async def _resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
         async with self._volumes.alone(volume_id):
-            attachment = self._volumes.require(volume_id)
-            spec = replace(attachment.spec, capacity_bytes=capacity_bytes)
-            device_spec(spec)
-            if capacity_bytes < attachment.spec.capacity_bytes:
-                before = attachment.spec.capacity_bytes
-                raise OutOfRange(f"volume {volume_id} of {before} bytes cannot shrink to {capacity_bytes}")
-            worker = self._volumes.workers.get(volume_id)
-            if worker is None:
-                raise Unavailable(f"the worker of volume {volume_id} is dead")
-            # Recorded first: a worker that knew less than its driver would refuse requests. More does no harm.
-            grown = replace(attachment, spec=spec)
-            self._node.store.save(grown)
-            try:
-                await set_capacity(self._node, worker, capacity_bytes)
-            except FailedPrecondition:  # it refused: the driver has not heard of it
-                self._node.store.save(attachment)
-                raise
-            self._volumes.known[volume_id] = grown
-            await self._wait_for_capacity(grown)
+            await resize(self._node, self._volumes, volume_id, capacity_bytes)
             return self._volumes.current(volume_id)
 
-    async def _throttle(self, volume_id: str, throttle: Throttle) -> Attachment:
+    async def _throttle(self, volume_id: str, limits: Throttle) -> Attachment:
         async with self._volumes.alone(volume_id):
-            attachment = self._volumes.require(volume_id)
-            attachment = replace(attachment, spec=replace(attachment.spec, throttle=throttle))
-            self._node.store.save(attachment)
-            self._volumes.known[volume_id] = attachment
-            worker = self._volumes.workers.get(volume_id)
-            if worker is not None:
-                await set_throttle(self._node, worker, throttle)
+            await throttle(self._node, self._volumes, volume_id, limits)
             return self._volumes.current(volume_id)
 
     async def _handover(self, volume_id: str) -> Handover:
@@ -379,10 +345,8 @@ class Agent:
             except BaseException:
                 self._volumes.take_stock(volume_id)
                 raise
-            attachment = replace(attachment, worker_pid=new.pid)
-            self._volumes.known[volume_id] = attachment
             self._volumes.hold(volume_id, new)
-            self._node.store.save(attachment)
+            self._volumes.record(replace(attachment, worker_pid=new.pid))
             old.on_exit = None
             await old.stop(timeout_s=_STOP_TIMEOUT_S)
             log.get().info(
@@ -393,22 +357,6 @@ class Agent:
                 pause_s=round(pause_s, 3),
             )
             return Handover(self._volumes.current(volume_id), pause_s)
-
-    async def _wait_for_capacity(self, attachment: Attachment) -> None:
-        """Wait for the driver, which takes the capacity up a moment after the interrupt."""
-        if attachment.spec.bus is not Bus.VIRTIO:
-            return
-        deadline = time.monotonic() + _RESIZE_SEEN_TIMEOUT_S
-        while True:
-            seen = self._node.sysfs.disk_capacity_bytes(attachment.device_name)
-            if seen is None or seen >= attachment.spec.capacity_bytes:
-                return
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(
-                    f"{attachment.path} still has {seen} bytes instead of {attachment.spec.capacity_bytes}",
-                    hint="retry; if it stays so, see the kernel log",
-                )
-            await asyncio.sleep(_POLL_S)
 
     def _same(self, existing: Attachment, spec: AttachSpec) -> Attachment:
         current = self._volumes.current(existing.volume_id)

@@ -32,9 +32,8 @@ class Attachments:
         self.workers: dict[str, Worker] = {}
         self.busy: set[str] = set()
         self.broken: set[str] = set()
-        self._waits: dict[
-            str, str
-        ] = {}  # what requests wait for, as the workers said when they were last asked
+        # What requests wait for, as the workers said when they were last asked.
+        self._waits: dict[str, str] = {}
         self.reviver = Reviver(self._serve_again)
 
     def require(self, volume_id: str) -> Attachment:
@@ -47,6 +46,11 @@ class Attachments:
         if attachment is None:
             raise NotFound(f"volume {volume_id} is not attached on this node")
         return attachment
+
+    def record(self, attachment: Attachment) -> None:
+        """Remember what an attachment is now, beyond our own end."""
+        self._node.store.save(attachment)
+        self.known[attachment.volume_id] = attachment
 
     def current(self, volume_id: str) -> Attachment:
         """The attachment with what is known of its worker now."""
@@ -144,10 +148,8 @@ class Attachments:
                 limits = attachment.spec.throttle
                 worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
                 undo.pop_all()
-            attachment = replace(attachment, worker_pid=worker.pid)
-            self.known[volume_id] = attachment
             self.hold(volume_id, worker)
-            self._node.store.save(attachment)
+            self.record(replace(attachment, worker_pid=worker.pid))
             log.get().info(
                 "served again",
                 volume_id=volume_id,

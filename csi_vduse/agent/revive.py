@@ -41,9 +41,8 @@ class Reviver:
     def worker_died(self, volume_id: str) -> None:
         """Begin to look for another worker, unless somebody does already."""
         if volume_id in self._tasks:
-            self._died_again.add(
-                volume_id
-            )  # the worker that was just found, while its finder has not ended yet
+            # The worker that was just found, while its finder has not ended yet.
+            self._died_again.add(volume_id)
             return
         if time.monotonic() - self._serves_since.get(volume_id, -CALM_S) >= CALM_S:
             self._deaths[volume_id] = 0

@@ -334,6 +334,16 @@ async def test_a_late_answer_is_not_taken_for_another_requests(agent, workers):
     assert inspection.stats.operations[0].latency == (0, 2, 1)
 
 
+async def test_a_capacity_that_the_driver_may_have_heard_of_is_what_the_next_worker_has(agent, workers, node):
+    workers.fault = "deaf"
+    await agent.attach(SPEC)
+    with pytest.raises(DeadlineExceeded):
+        await agent.resize("vol-1", 128 * MIB)
+    recorded = node.store.find("vol-1")
+    assert agent.attachments()[0].spec == recorded.spec
+    assert recorded.spec.capacity_bytes == 128 * MIB
+
+
 async def test_hold_is_bounded_and_fine_for_volumes_that_are_not_here(agent):
     await agent.attach(SPEC)
     await agent.quiesce("vol-1", 5)
