@@ -23,7 +23,7 @@ static int wait_for(const struct nbd_stream *s, short events)
     return polled[1].revents ? -ECANCELED : 0;
 }
 
-/* What an operation on the TLS session that did not move anything asks for; 0: try again, or -errno. */
+/* Wait for what an operation on the TLS session that did not move anything asks for; 0: try again, or -errno. */
 static int tls_wait(const struct nbd_stream *s, int result)
 {
     switch (SSL_get_error(s->ssl, result)) {
@@ -36,68 +36,47 @@ static int tls_wait(const struct nbd_stream *s, int result)
     }
 }
 
-int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes)
+/* Move some bytes; how many, 0 to try again, or -errno. */
+static ssize_t move_tls(const struct nbd_stream *s, void *at, size_t bytes, bool out)
 {
-    uint8_t *at = to;
+    size_t moved = 0;
+    int result = out ? SSL_write_ex(s->ssl, at, bytes, &moved) : SSL_read_ex(s->ssl, at, bytes, &moved);
 
+    return result == 1 ? (ssize_t)moved : tls_wait(s, result);
+}
+
+static ssize_t move_plain(const struct nbd_stream *s, void *at, size_t bytes, bool out)
+{
+    ssize_t n = out ? send(s->fd, at, bytes, MSG_DONTWAIT | MSG_NOSIGNAL) : recv(s->fd, at, bytes, MSG_DONTWAIT);
+
+    if (n > 0)
+        return n;
+    if (!n)
+        return -ECONNRESET;
+    return errno == EAGAIN || errno == EINTR ? wait_for(s, out ? POLLOUT : POLLIN) : -errno;
+}
+
+static int move(const struct nbd_stream *s, uint8_t *at, size_t bytes, bool out)
+{
     while (bytes) {
-        size_t moved = 0;
-        int error = 0;
+        ssize_t n = s->ssl ? move_tls(s, at, bytes, out) : move_plain(s, at, bytes, out);
 
-        if (s->ssl) {
-            int result = SSL_read_ex(s->ssl, at, bytes, &moved);
-
-            if (result != 1)
-                error = tls_wait(s, result);
-        } else {
-            ssize_t n = recv(s->fd, at, bytes, MSG_DONTWAIT);
-
-            if (n > 0)
-                moved = (size_t)n;
-            else if (!n)
-                error = -ECONNRESET;
-            else if (errno == EAGAIN || errno == EINTR)
-                error = wait_for(s, POLLIN);
-            else
-                error = -errno;
-        }
-        if (error)
-            return error;
-        at += moved;
-        bytes -= moved;
+        if (n < 0)
+            return (int)n;
+        at += n;
+        bytes -= (size_t)n;
     }
     return 0;
 }
 
+int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes)
+{
+    return move(s, to, bytes, false);
+}
+
 int nbd_stream_write(struct nbd_stream *s, const void *from, size_t bytes)
 {
-    const uint8_t *at = from;
-
-    while (bytes) {
-        size_t moved = 0;
-        int error = 0;
-
-        if (s->ssl) {
-            int result = SSL_write_ex(s->ssl, at, bytes, &moved);
-
-            if (result != 1)
-                error = tls_wait(s, result);
-        } else {
-            ssize_t n = send(s->fd, at, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-            if (n >= 0)
-                moved = (size_t)n;
-            else if (errno == EAGAIN || errno == EINTR)
-                error = wait_for(s, POLLOUT);
-            else
-                error = -errno;
-        }
-        if (error)
-            return error;
-        at += moved;
-        bytes -= moved;
-    }
-    return 0;
+    return move(s, (uint8_t *)from, bytes, true);
 }
 
 int nbd_stream_connect(struct nbd_stream *s, const struct sockaddr *address, socklen_t length)
