@@ -23,10 +23,10 @@ import structlog
 
 from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, throttle, versions
+from csi_vduse.dataplane.backend_log import BackendLog
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
-from csi_vduse.dataplane.engine import BackendStatus, Engine
-from csi_vduse.dataplane.failure_log import FailureLog
+from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
 from csi_vduse.errors import (
@@ -66,8 +66,7 @@ class Worker:
         self._served: ServedDevice | None = None
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarm_muted_until = 0.0
-        self._failures = FailureLog()
-        self._backend_told = ("connected", "")
+        self._backend_log = BackendLog()
         self._resume_at: float | None = None
         self._running = True
         self._listener = _listen(listen_path)
@@ -181,7 +180,7 @@ class Worker:
             undo.pop_all()
         fds.remove(device_fd)  # it belongs to served now
         self._served = served
-        self._failures = FailureLog()
+        self._backend_log = BackendLog()
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
 
@@ -259,25 +258,13 @@ class Worker:
         if self._served is None:
             return
         engine = self._served.engine
-        self._failures.tell(engine)
-        self._tell_backend(engine.backend_status())
+        self._backend_log.tell(engine)
         for queue, fault in engine.faults().items():
             self._log.error(
                 "queue stopped: the driver broke the ring's rules",
                 queue=queue,
                 fault=fault,
                 hint="it needs a reset",
-            )
-
-    def _tell_backend(self, status: BackendStatus | None) -> None:
-        if status is None or (status.state, status.reason) == self._backend_told:
-            return
-        self._backend_told = (status.state, status.reason)
-        if status.state == "connected":
-            self._log.info("connected to the server")
-        else:
-            self._log.warning(
-                "no connection to the server; requests wait", state=status.state, reason=status.reason
             )
 
     # Time

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Final
 
 from csi_vduse import log
+from csi_vduse.dataplane.backend_log import BackendLog
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.engine import Engine
-from csi_vduse.dataplane.failure_log import FailureLog
 from csi_vduse.dataplane.vhost_user.connection import Connection
 from csi_vduse.dataplane.vhost_user.session import Session
 from csi_vduse.errors import AlreadyExists, InvalidArgument, ProtocolError, Unavailable, VduseError
@@ -59,7 +59,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._session: Session | None = None
         self._alarm_muted_until = 0.0
-        self._failures = FailureLog()
+        self._backend_log = BackendLog()
         self._running = True
         self._memory_slots = _allow_descriptors()
         self._listener = _listen(path)
@@ -172,7 +172,7 @@ class Server:
         os.eventfd_read(self._event_fd)
         self._selector.unregister(self._event_fd)
         self._alarm_muted_until = time.monotonic() + _ALARM_PAUSE_S
-        self._failures.tell(self._engine)
+        self._backend_log.tell(self._engine)
         if self._session is not None:
             self._session.report_faults(self._engine.faults())
 

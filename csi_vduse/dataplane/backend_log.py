@@ -1,6 +1,7 @@
-"""What a worker logs of requests that failed, or that wait for a backend that is full or away.
+"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections.
 
-Each is logged with how many there were since the last time, and the newest as an example; who calls decides how often.
+Requests are logged with how many there were since the last time, and the newest as an example; a connection when it is
+another than before. Who calls decides how often.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from csi_vduse import log
 from csi_vduse.dataplane.engine import Engine, Failure
 
 
-class FailureLog:
+class BackendLog:
     """What has been logged so far."""
 
     def __init__(self) -> None:
         self._failed = 0
         self._waited = 0
+        self._connection = ("connected", "")
 
     def tell(self, engine: Engine) -> None:
         """Log what is new."""
+        self._tell_requests(engine)
+        self._tell_connection(engine)
+
+    def _tell_requests(self, engine: Engine) -> None:
         newest = engine.failure()
         if newest is None:
             return
@@ -33,6 +39,18 @@ class FailureLog:
                 hint="make room, or bring it back: they go on by themselves",
             )
         self._failed, self._waited = newest.count, newest.waits
+
+    def _tell_connection(self, engine: Engine) -> None:
+        status = engine.backend_status()
+        if status is None or (status.state, status.reason) == self._connection:
+            return
+        self._connection = (status.state, status.reason)
+        if status.state == "connected":
+            log.get().info("connected to the server")
+        else:
+            log.get().warning(
+                "no connection to the server; requests wait", state=status.state, reason=status.reason
+            )
 
 
 def _example(newest: Failure) -> dict[str, Any]:
