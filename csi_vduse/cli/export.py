@@ -25,7 +25,7 @@ from csi_vduse.agent.spawner import SpawnedWorker, fork_worker
 from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import Worker, find_worker
 from csi_vduse.cli import export_vhost_user
-from csi_vduse.cli.options import Subcommands, add_device_options, parse_backend, throttle_of
+from csi_vduse.cli.options import Subcommands, add_device_options, attach_spec
 from csi_vduse.cli.processes import node_with
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig
 from csi_vduse.dataplane.worker import run_worker
@@ -53,19 +53,7 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.vhost_user is not None:
         return export_vhost_user.run(options)
-    backend, capacity_bytes = parse_backend(options.backend)
-    spec = AttachSpec(
-        volume_id=options.name,
-        backend=backend,
-        capacity_bytes=capacity_bytes,
-        bus=options.bus,
-        read_only=options.read_only,
-        queues=options.queues,
-        queue_size=options.queue_size,
-        block_size_bytes=options.block_size,
-        packed=options.packed,
-        throttle=throttle_of(options),
-    ).with_defaults(queues=default_queues())
+    spec = attach_spec(options.name, options).with_defaults(queues=default_queues())
     device_spec(spec)  # refuses an impossible geometry before anything is made
     store = Store(DEFAULT_RUN_DIR / "export")
     store.directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from csi_vduse.agent.model import AttachSpec
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_size
 from csi_vduse.dataplane import nbd_config, nbd_uri
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NullBackend
@@ -96,6 +97,27 @@ def throttle_of(options: argparse.Namespace, before: Throttle = UNLIMITED) -> Th
         iops=before.iops if options.iops is None else options.iops,
         bytes_per_s=before.bytes_per_s if options.bandwidth is None else options.bandwidth,
         burst_s=before.burst_s if options.burst_seconds is None else options.burst_seconds,
+    )
+
+
+def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
+    """Read what add_device_options added.
+
+    Raises:
+        InvalidArgument, VduseError: as `throttle_of` and `parse_backend`.
+    """
+    backend, capacity_bytes = parse_backend(options.backend)
+    return AttachSpec(
+        volume_id=volume_id,
+        backend=backend,
+        capacity_bytes=capacity_bytes,
+        bus=options.bus,
+        read_only=options.read_only,
+        queues=options.queues,
+        queue_size=options.queue_size,
+        block_size_bytes=options.block_size,
+        packed=options.packed,
+        throttle=throttle_of(options),
     )
 
 

@@ -19,8 +19,8 @@ from csi_vduse.cli.options import (
     Subcommands,
     add_device_options,
     add_throttle_options,
+    attach_spec,
     option,
-    parse_backend,
     throttle_of,
 )
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_endpoint, parse_size
@@ -188,36 +188,15 @@ def _expand(options: argparse.Namespace, controller: csi_pb2_grpc.ControllerStub
 
 
 async def _resize_if_attached(options: argparse.Namespace, capacity_bytes: int) -> None:
-    from csi_vduse.agent.client import AgentClient  # noqa: PLC0415
-
-    config = AgentConfig(run_dir=options.run_dir.absolute())
-    if not config.socket_path.exists():
+    if not AgentConfig(run_dir=options.run_dir.absolute()).socket_path.exists():
         return
-    agent = AgentClient(config.socket_path)
-    try:
+    async with connected_agent(options) as agent:
         if options.volume_id in {each.volume_id for each in await agent.list()}:
             await agent.resize(options.volume_id, capacity_bytes)
-    finally:
-        await agent.close()
 
 
 async def _attach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
-    from csi_vduse.agent.model import AttachSpec  # noqa: PLC0415
-
-    backend, capacity_bytes = parse_backend(options.backend)
-    spec = AttachSpec(
-        volume_id=options.volume_id,
-        backend=backend,
-        capacity_bytes=capacity_bytes,
-        bus=options.bus,
-        read_only=options.read_only,
-        queues=options.queues,
-        queue_size=options.queue_size,
-        block_size_bytes=options.block_size,
-        packed=options.packed,
-        throttle=throttle_of(options),
-    )
-    return [_attachment_row(await agent.attach(spec))]
+    return [_attachment_row(await agent.attach(attach_spec(options.volume_id, options)))]
 
 
 async def _detach(options: argparse.Namespace, agent: AgentClient) -> _Rows:
