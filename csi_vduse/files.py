@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from pathlib import Path
 
+# What a file system that is full answers, or one whose quota is used up.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Ending of what is not whole yet, or not wanted any more.
 UNFINISHED = ".tmp"
 _SECTOR_BYTES = 512  # unit of st_blocks, stat(2)

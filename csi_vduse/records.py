@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.errors import DataLoss
+from csi_vduse.files import flush_directory
 
 VERSION = 1
 
@@ -42,7 +43,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _flush_directory(path.parent)
+    flush_directory(path.parent)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -76,7 +77,7 @@ def delete_record(path: Path) -> None:
         path.unlink()
     except FileNotFoundError:
         return
-    _flush_directory(path.parent)
+    flush_directory(path.parent)
 
 
 def list_records(directory: Path, pattern: str = "*.json") -> Iterator[Path]:
@@ -84,11 +85,3 @@ def list_records(directory: Path, pattern: str = "*.json") -> Iterator[Path]:
     for path in sorted(directory.glob(pattern)):
         if not path.name.startswith("."):
             yield path
-
-
-def _flush_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

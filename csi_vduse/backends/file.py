@@ -29,7 +29,7 @@ from csi_vduse.backends.base import PoolUsage
 from csi_vduse.backends.copying import copy_image
 from csi_vduse.backends.faults import translated
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
-from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition
+from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, VduseError
 from csi_vduse.files import UNFINISHED, allocated_bytes, flush_directory, remove_tree, unfinished
 from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.model import Snapshot, Volume, snapshot_to_json, volume_to_json
@@ -136,10 +136,10 @@ class FilePool:
         return await self._short(self._exists, self._volume_image(volume_id).parent)
 
     async def problem(self, volume: Volume) -> str:
-        """Say whether the image is missing or shorter than the volume."""
+        """Say whether the pool is away, or the image missing or shorter than the volume."""
         try:
             await self._short(self._verify, volume)
-        except (DataLoss, FailedPrecondition) as error:
+        except VduseError as error:
             return str(error)
         return ""
 

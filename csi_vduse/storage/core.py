@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from csi_vduse import log
 from csi_vduse.errors import NotFound, ResourceExhausted, Unavailable, VduseError
+from csi_vduse.files import NO_SPACE
 from csi_vduse.storage.block import Block
 from csi_vduse.storage.config import ServerConfig
 from csi_vduse.storage.model import Image, Key, Kind
@@ -22,7 +23,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _THREADS = 4
-_NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 
 
 class Core:
@@ -76,7 +76,7 @@ class Core:
         try:
             return await self.threads.run(DEFAULT_TIMEOUT_S, function, *args, **kwargs)
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_SPACE:
                 raise ResourceExhausted(
                     f"the storage server is full: {error}", hint="make room there"
                 ) from error

@@ -14,6 +14,7 @@ from typing import Any
 
 from csi_vduse import records
 from csi_vduse.errors import NotFound, ResourceExhausted, Unavailable, VduseError
+from csi_vduse.files import NO_SPACE
 from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.ids import is_snapshot_id, is_volume_id
 from csi_vduse.volumes.model import (
@@ -24,8 +25,6 @@ from csi_vduse.volumes.model import (
     volume_from_json,
     volume_to_json,
 )
-
-_NO_SPACE = {28, 122}  # ENOSPC, EDQUOT
 
 
 class DirectoryRegistry:
@@ -128,7 +127,7 @@ def _read_all(directory: Path) -> list[dict[str, Any]]:
 
 
 def _registry_error(error: OSError) -> VduseError:
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return ResourceExhausted(f"the state directory is full: {error}", hint="make room in --state-dir")
     return Unavailable(
         f"the registry cannot be read or written: {error}", hint="check --state-dir and its file system"

@@ -189,6 +189,14 @@ async def test_problem_tells_a_missing_and_a_truncated_image(pool, tmp_path):
     assert "missing" in await pool.problem(volume)
 
 
+async def test_a_disk_that_fails_is_a_problem_of_its_volume_and_not_of_the_list(pool, monkeypatch):
+    def broken(_volume):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pool, "_verify", broken)
+    assert "Input/output error" in await pool.problem(a_volume())
+
+
 async def test_clean_removes_only_what_is_unfinished(pool, tmp_path):
     volume = await filled(pool, tmp_path, a_volume())
     kept = files_below(tmp_path)
