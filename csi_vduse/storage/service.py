@@ -22,14 +22,17 @@ from csi_vduse.errors import FailedPrecondition, InvalidArgument, PermissionDeni
 from csi_vduse.proto import storage_pb2, storage_pb2_grpc
 from csi_vduse.storage.config import CA_FILE, SERVER_FILES, ServerConfig, Tls
 from csi_vduse.storage.model import Key, Kind
-from csi_vduse.storage.server import StorageServer
+from csi_vduse.storage.server import ImageStatus, StorageServer
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _GRACE_S = 10.0
 _SOCKET_UMASK = 0o177  # who may connect may remove every volume
-_KINDS = {storage_pb2.IMAGE_KIND_VOLUME: Kind.VOLUME, storage_pb2.IMAGE_KIND_SNAPSHOT: Kind.SNAPSHOT}
+_KINDS: dict[int, Kind] = {
+    storage_pb2.IMAGE_KIND_VOLUME: Kind.VOLUME,
+    storage_pb2.IMAGE_KIND_SNAPSHOT: Kind.SNAPSHOT,
+}
 
 
 class StorageServicer(storage_pb2_grpc.StorageServicer):
@@ -75,14 +78,14 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         self, request: storage_pb2.CopyImageRequest, context: Context
     ) -> storage_pb2.CopyImageResponse:
         """See storage.proto."""
-        act = self._server.copy(
-            Key(_KINDS[request.source_kind], request.source_id),
-            Key(_KINDS[request.target_kind], request.target_id),
-            request.size_bytes,
-            timeout_s=request.timeout_s,
-        )
+
+        async def act() -> int:
+            source = _key(request.source_kind, request.source_id)
+            target = _key(request.target_kind, request.target_id)
+            return await self._server.copy(source, target, request.size_bytes, timeout_s=request.timeout_s)
+
         return storage_pb2.CopyImageResponse(
-            cut_at_ns=await self._carry("CopyImage", request.target_id, context, act)
+            cut_at_ns=await self._carry("CopyImage", request.target_id, context, act())
         )
 
     async def ExpandVolume(
@@ -97,16 +100,22 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         self, request: storage_pb2.DeleteImageRequest, context: Context
     ) -> storage_pb2.DeleteImageResponse:
         """See storage.proto."""
-        act = self._server.delete(Key(_KINDS[request.kind], request.id))
-        await self._carry("DeleteImage", request.id, context, act)
+
+        async def act() -> None:
+            await self._server.delete(_key(request.kind, request.id))
+
+        await self._carry("DeleteImage", request.id, context, act())
         return storage_pb2.DeleteImageResponse()
 
     async def GetImage(
         self, request: storage_pb2.GetImageRequest, context: Context
     ) -> storage_pb2.GetImageResponse:
         """See storage.proto."""
-        key = Key(_KINDS[request.kind], request.id)
-        status = await self._carry("GetImage", request.id, context, self._server.status(key))
+
+        async def act() -> ImageStatus | None:
+            return await self._server.status(_key(request.kind, request.id))
+
+        status = await self._carry("GetImage", request.id, context, act())
         if status is None:
             return storage_pb2.GetImageResponse(found=False)
         return storage_pb2.GetImageResponse(
@@ -186,6 +195,12 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # marks it as seen: its caller may have gone
+
+
+def _key(kind: int, image_id: str) -> Key:
+    if kind not in _KINDS:
+        raise InvalidArgument(f"image {image_id!r} is neither a volume nor a snapshot", hint="set its kind")
+    return Key(_KINDS[kind], image_id)
 
 
 @asynccontextmanager

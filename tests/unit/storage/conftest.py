@@ -9,6 +9,7 @@ import pytest
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.model import Format
 from csi_vduse.storage.server import StorageServer
+from tests.unit.storage.use import clients
 
 
 @pytest.fixture(params=[Format.RAW, Format.QCOW2], ids=lambda one: one.value)
@@ -39,3 +40,10 @@ async def started(config: ServerConfig) -> AsyncIterator[StorageServer]:
 async def server(config: ServerConfig) -> AsyncIterator[StorageServer]:
     async with started(config) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _clients_are_closed():
+    yield
+    while clients:
+        clients.pop().close()
