@@ -108,7 +108,7 @@ async def attach(
         volume_id=volume.id,
         backend=node.data_path(volume, request.context),
         capacity_bytes=volume.capacity_bytes,
-        bus=Bus(parameters.bus.value),
+        bus=parameters.bus,
         read_only=request.read_only,
         queues=parameters.queues,
         queue_size=parameters.queue_size,

@@ -20,7 +20,7 @@ from csi_vduse.services.places import Places
 from csi_vduse.services.publishing import Publishing
 from csi_vduse.volumes import sizes
 from csi_vduse.volumes.context import volume_context
-from csi_vduse.volumes.model import State, Volume
+from csi_vduse.volumes.model import State
 from csi_vduse.volumes.registry import Registry
 
 _Rpc = csi_pb2.ControllerServiceCapability.RPC
@@ -141,7 +141,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         entries = []
         for volume in shown:
             status = csi_pb2.ListVolumesResponse.VolumeStatus(published_node_ids=published.get(volume.id, ()))
-            problem = await self._problem(volume)
+            problem = await self._places.problem(volume)
             with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
             entries.append(
                 csi_pb2.ListVolumesResponse.Entry(
@@ -160,7 +160,7 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         status = csi_pb2.ControllerGetVolumeResponse.VolumeStatus(
             published_node_ids=published.get(volume.id, ())
         )
-        problem = await self._problem(volume)
+        problem = await self._places.problem(volume)
         with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)
         return csi_pb2.ControllerGetVolumeResponse(
             volume=volume_message(volume, self._places.segments(volume)), status=status
@@ -265,6 +265,3 @@ class Controller(csi_pb2_grpc.ControllerServicer):
     def _require_publishing(self, method: str) -> None:
         if not self._publisher.offered:
             raise Unimplemented(f"{method} is not offered: volumes of these pools are where they can be used")
-
-    async def _problem(self, volume: Volume) -> str:
-        return await self._places.problem(volume)

@@ -20,8 +20,9 @@ from csi_vduse.errors import InvalidArgument, ResourceExhausted, VduseError
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import Object, name_of
 from csi_vduse.services.validation import GetCapacity
+from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes import kubernetes_objects as objects
-from csi_vduse.volumes.model import Bus, Snapshot, Volume
+from csi_vduse.volumes.model import Snapshot, Volume
 from csi_vduse.volumes.policy import objection
 from csi_vduse.volumes.topology import Segments, TopologyRequirement, includes, node_segments, satisfies
 
@@ -81,7 +82,7 @@ class NodesView:
         """Look at the pools of the place that is asked for."""
         pools = await self.pools()
         name = asked.asked.pool or default_pool(pools)
-        bus = asked.asked.bus or Bus.VIRTIO_VDPA
+        bus = asked.asked.bus or Bus.VIRTIO
         fitting = [
             pool
             for pool in pools

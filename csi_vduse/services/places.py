@@ -10,7 +10,8 @@ from typing import Protocol
 from csi_vduse.backends.pools import Pools
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import GetCapacity
-from csi_vduse.volumes.model import Bus, Volume
+from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.policy import is_shared, objection
 from csi_vduse.volumes.topology import Segments, includes
 
@@ -58,7 +59,7 @@ class LocalPlaces:
         """Look at the pool that is asked for, else the default one, else all of them."""
         name = asked.asked.pool or self._pools.default_name()
         backends = [self._pools.named(name)] if name else list(self._pools)
-        bus = asked.asked.bus or Bus.VIRTIO_VDPA
+        bus = asked.asked.bus or Bus.VIRTIO
         fitting = [
             backend
             for backend in backends

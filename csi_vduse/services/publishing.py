@@ -14,7 +14,8 @@ from csi_vduse.backends.pools import Pools
 from csi_vduse.dataplane import nbd_uri
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_vduse.services.validation import PublishVolume
-from csi_vduse.volumes.model import Bus, State
+from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.model import State
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
 from csi_vduse.volumes.registry import Registry
 
@@ -122,7 +123,7 @@ class Publisher:
             raise NotFound(
                 f"node {request.node_id!r} does not exist", hint="standalone knows --peer-node only"
             )
-        reason = objection(request.use, backend=nbd.KIND, bus=Bus.VIRTIO_VDPA)
+        reason = objection(request.use, backend=nbd.KIND, bus=Bus.VIRTIO)
         if not reason and request.use.mode is AccessMode.MULTI_NODE_MULTI_WRITER:
             reason = "nobody fences an export that was made beforehand, so one node at a time may write it"
         if reason:

@@ -14,8 +14,8 @@ from typing import Any
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument, VduseError
 from csi_vduse.kube.resources import API_VERSION, FINALIZER, SNAPSHOTS, VOLUMES, Object, is_going
+from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.model import (
-    Bus,
     FilesystemRecord,
     FilesystemState,
     Snapshot,

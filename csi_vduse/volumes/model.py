@@ -14,13 +14,7 @@ from typing import Any
 from csi_vduse.dataplane import throttle as throttle_json
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument
-
-
-class Bus(Enum):
-    """Which vDPA bus driver a volume's device is bound to."""
-
-    VIRTIO_VDPA = "virtio_vdpa"
-    VHOST_VDPA = "vhost_vdpa"
+from csi_vduse.vdpa.model import Bus
 
 
 class State(Enum):
@@ -76,7 +70,7 @@ class VolumeParameters:
         block_size_bytes: logical block size that the driver sees.
     """
 
-    bus: Bus = Bus.VIRTIO_VDPA
+    bus: Bus = Bus.VIRTIO
     queues: int = 0
     queue_size: int = 256
     block_size_bytes: int = 512

@@ -16,7 +16,8 @@ from csi_vduse.dataplane.config_space import BLOCK_SIZES
 from csi_vduse.dataplane.device import MAX_QUEUE_SIZE
 from csi_vduse.dataplane.throttle import MAX_IOPS, UNLIMITED, Throttle
 from csi_vduse.errors import InvalidArgument
-from csi_vduse.volumes.model import Bus, VolumeParameters
+from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.model import VolumeParameters
 
 # One thread each, and a node has many volumes: more than this serves nobody.
 MAX_QUEUES = 16

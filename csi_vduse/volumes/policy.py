@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from csi_vduse.volumes.model import Bus
+from csi_vduse.vdpa.model import Bus
 
 FILESYSTEMS = ("ext4", "xfs", "btrfs")
 DEFAULT_FILESYSTEM = "ext4"
@@ -89,7 +89,7 @@ def objection(use: Use, *, backend: str, bus: Bus) -> str:
             f"access mode {use.mode.name} is possible for raw block only: a file system that two nodes write "
             "is destroyed; use volumeMode: Block (for VMs that migrate), or ReadWriteOnce"
         )
-    if use.filesystem is not None and bus is Bus.VHOST_VDPA:
+    if use.filesystem is not None and bus is Bus.VHOST:
         return (
             "a volume with bus vhost_vdpa is a VM's disk and cannot be mounted; "
             "use volumeMode: Block, or bus virtio_vdpa"

@@ -18,8 +18,9 @@ from csi_vduse.node.publish import PublishRequest, publish
 from csi_vduse.node.stage import StageRequest, stage
 from csi_vduse.node.unpublish import unpublish
 from csi_vduse.node.unstage import unstage
+from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.ids import volume_id
-from csi_vduse.volumes.model import Bus, State, Volume, VolumeParameters
+from csi_vduse.volumes.model import State, Volume, VolumeParameters
 from csi_vduse.volumes.policy import AccessMode, Use
 from csi_vduse.volumes.registry_directory import DirectoryRegistry
 from tests.unit.node.loop_agent import LoopAgent, loop_works
@@ -38,7 +39,7 @@ class LoopNode:
     def image(self, volume: Volume) -> Path:
         return self.directory / f"{volume.id}.raw"
 
-    async def create(self, name: str = "a", size_mib: int = 64, bus: Bus = Bus.VIRTIO_VDPA) -> Volume:
+    async def create(self, name: str = "a", size_mib: int = 64, bus: Bus = Bus.VIRTIO) -> Volume:
         volume = Volume(
             id=volume_id(name),
             name=name,

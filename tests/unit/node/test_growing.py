@@ -13,7 +13,7 @@ from csi_vduse.node.filesystems import get_filesystem
 from csi_vduse.node.mounts import read_mounts, top_mount
 from csi_vduse.node.stats import volume_health, volume_stats
 from csi_vduse.node.usage import Usage, parse_usage
-from csi_vduse.volumes.model import Bus
+from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.sizes import CapacityRange
 from tests.unit.node.conftest import MIB, READER, LoopNode, use
 from tests.unit.node.loop_agent import can_grow_ext4

@@ -12,7 +12,7 @@ import pytest
 from csi_vduse.agent.model import State
 from csi_vduse.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 from csi_vduse.node.context import check_path
-from csi_vduse.volumes.model import Bus
+from csi_vduse.vdpa.model import Bus
 from tests.unit.node.conftest import EXCLUSIVE, READER, LoopNode, use
 
 
@@ -99,7 +99,7 @@ async def test_single_writer_gets_one_raw_device(loop_node: LoopNode) -> None:
 
 
 async def test_vm_disk_is_bound_as_a_character_device(loop_node: LoopNode) -> None:
-    volume = await loop_node.create(bus=Bus.VHOST_VDPA)
+    volume = await loop_node.create(bus=Bus.VHOST)
     await loop_node.stage(volume, use(None))
     target = await loop_node.publish(volume, "vm", use(None))
     assert stat.S_ISCHR(Path(target).stat().st_mode)

@@ -19,7 +19,8 @@ from csi_vduse.errors import (
     Unavailable,
 )
 from csi_vduse.node.filesystems import get_filesystem
-from csi_vduse.volumes.model import Bus, FilesystemRecord, FilesystemState, Volume
+from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
 from tests.unit.node.conftest import MIB, READER, LoopNode, use
 
 SIZES_MIB = {"ext4": 64, "xfs": 320, "btrfs": 256}
@@ -106,7 +107,7 @@ async def test_raw_volume_is_attached_and_not_touched(loop_node: LoopNode) -> No
 
 
 async def test_vm_disk_cannot_be_mounted_but_staged_raw(loop_node: LoopNode) -> None:
-    volume = await loop_node.create(bus=Bus.VHOST_VDPA)
+    volume = await loop_node.create(bus=Bus.VHOST)
     with pytest.raises(InvalidArgument, match="VM's disk"):
         await loop_node.stage(volume, use("ext4"))
     nothing_left(loop_node)

@@ -4,19 +4,20 @@ import pytest
 
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import InvalidArgument
-from csi_vduse.volumes.model import Bus, VolumeParameters
+from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.model import VolumeParameters
 from csi_vduse.volumes.parameters import AskedParameters, parse, parse_mutable
 
 
 def test_no_parameters_give_the_defaults():
-    assert parse({}).resolve() == VolumeParameters(Bus.VIRTIO_VDPA, 0, 256, 512)
+    assert parse({}).resolve() == VolumeParameters(Bus.VIRTIO, 0, 256, 512)
 
 
 def test_every_parameter_is_read():
     asked = parse(
         {"pool": "fast", "bus": "vhost_vdpa", "queues": "4", "queueSize": "1024", "blockSize": "4096"}
     )
-    assert asked == AskedParameters("fast", Bus.VHOST_VDPA, 4, 1024, 4096)
+    assert asked == AskedParameters("fast", Bus.VHOST, 4, 1024, 4096)
 
 
 def test_what_the_sidecars_add_is_ignored():
