@@ -38,6 +38,7 @@ async def run(
     ok_codes: Sequence[int] = (0,),
     env: Mapping[str, str] | None = None,
     stdin: bytes = b"",
+    secret: Sequence[str] = (),
 ) -> Output:
     """Run a program in its own process group and wait for it.
 
@@ -47,12 +48,14 @@ async def run(
         ok_codes: exit codes that are not errors.
         env: added to the environment, which is made predictable with LC_ALL=C.
         stdin: what the program reads; it never reads from ours.
+        secret: words of argv that no error may show.
 
     Raises:
         CommandFailed: another exit code; carries the last lines of output.
         DeadlineExceeded: the program did not end in time.
         FailedPrecondition: the program is not installed.
     """
+    shown = ["***" if word in secret else word for word in argv]
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -71,7 +74,7 @@ async def run(
         if isinstance(error, asyncio.CancelledError):
             raise
         raise DeadlineExceeded(
-            f"`{' '.join(argv)}` did not end within {timeout_s:g} s and was killed"
+            f"`{' '.join(shown)}` did not end within {timeout_s:g} s and was killed"
         ) from error
     output = Output(
         tuple(argv),
@@ -80,7 +83,7 @@ async def run(
         stderr.decode(errors="replace"),
     )
     if output.exit_code not in ok_codes:
-        raise CommandFailed(argv, output.exit_code, (output.stdout + output.stderr)[-_TAIL_CHARS:])
+        raise CommandFailed(shown, output.exit_code, (output.stdout + output.stderr)[-_TAIL_CHARS:])
     return output
 
 
