@@ -82,7 +82,7 @@ class AgentClient:
     async def quiesce(self, volume_id: str, hold_s: float) -> None:
         """Hold requests for at most hold_s, so that the image is a consistent cut; fine if not attached."""
         request = agent_pb2.QuiesceRequest(volume_id=volume_id, hold_s=hold_s)
-        await self._call(self._stub.Quiesce(request, timeout=_ASK_TIMEOUT_S + hold_s))
+        await self._call(self._stub.Quiesce(request, timeout=_ASK_TIMEOUT_S))
 
     async def resume(self, volume_id: str) -> None:
         """Take requests again; fine if not attached."""
