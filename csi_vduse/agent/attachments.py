@@ -17,7 +17,7 @@ from csi_vduse.agent.attach import Node, set_capacity, set_msg_timeout, set_thro
 from csi_vduse.agent.model import Attachment, AttachSpec, State, device_name
 from csi_vduse.agent.revive import Reviver
 from csi_vduse.agent.workers import Worker, find_serving
-from csi_vduse.errors import NotFound, Pending, VduseError
+from csi_vduse.errors import DeviceBroken, NotFound, Pending, VduseError
 
 ASK_TIMEOUT_S = 10.0
 
@@ -146,7 +146,11 @@ class Attachments:
             started = time.monotonic()
             async with AsyncExitStack() as undo:
                 limits = attachment.spec.throttle
-                worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
+                try:
+                    worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
+                except DeviceBroken:
+                    self.broken.add(volume_id)
+                    raise
                 undo.pop_all()
             self.hold(volume_id, worker)
             self.record(replace(attachment, worker_pid=worker.pid))

@@ -2,7 +2,8 @@
 
 Kept true:
 - A device is unbound only while a worker serves it: without one that would hang, in a place of the kernel that
-  cannot be interrupted. A dead worker is replaced first, and one that dies meanwhile too.
+  cannot be interrupted. A dead worker is replaced first, and one that dies meanwhile too. A device that the kernel has
+  given up needs none.
 - Every step is fine if it was done before, so a detach that failed or was killed is finished by the next one.
 - While a disk is being removed we hold it exclusively: nobody mounts it between the look and the act.
 - By force, a device that has users goes too, and its backend is not waited for: another worker fails everything that
@@ -17,7 +18,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from csi_vduse.agent.bounded import bounded
 from csi_vduse.agent.model import Attachment, Bus, State
 from csi_vduse.agent.workers import Worker
 from csi_vduse.dataplane.throttle import UNLIMITED
-from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, VduseError
+from csi_vduse.errors import DeadlineExceeded, DeviceBroken, FailedPrecondition, VduseError
 
 # udev and the like open a disk for a moment after every change.
 _OPENERS_GRACE_S = 5.0
@@ -74,7 +75,7 @@ async def detach(
     elif node.sysfs.driver(name) is not None:
         if worker is None or not worker.alive:
             # What the dead one left is finished first: who has the disk open may only wait for that.
-            worker = await replacement()
+            worker = await _unless_given_up(node, attachment, replacement)
         await _refuse_if_used(node, attachment)
     async with _claimed(node, attachment):
         pid = worker.pid if worker is not None else 0
@@ -93,6 +94,25 @@ async def detach(
         await worker.stop(timeout_s=_STOP_TIMEOUT_S)
     await node.kernel.destroy(name)
     node.store.forget(name)
+
+
+async def _unless_given_up(
+    node: Node, attachment: Attachment, replacement: Callable[[], Awaitable[Worker]]
+) -> Worker | None:
+    """Start a worker; None for a device that the kernel has given up: nobody can serve it, and it answers for itself.
+
+    Raises:
+        FailedPrecondition: requests wait in such a device; to remove it would wait for them for ever.
+    """
+    try:
+        return await replacement()
+    except DeviceBroken as error:
+        if waiting := node.sysfs.requests_in_flight(attachment.device_name):
+            raise FailedPrecondition(
+                f"{waiting} requests of volume {attachment.volume_id} wait in a device that the kernel gave up",
+                hint="only a reboot ends them",
+            ) from error
+        return None
 
 
 async def _end(worker: Worker) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable
 from csi_vduse import log
 from csi_vduse.errors import DataLoss, DeviceBroken, Pending, VduseError
 
-# Seconds before the first, second ... attempt of a run of deaths; the last one repeats.
-DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+# Seconds before the first, second ... attempt of a run of deaths; the last one repeats. It leaves a worker time to
+# answer what the kernel asks meanwhile: a device that gets no answer within msg_timeout (30 s) is lost.
+DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A worker that has served for so long ends the run: what it died of was not its start or what it had to replay.
 CALM_S = 10.0
 _BUSY_POLL_S = 0.05

@@ -246,6 +246,24 @@ def test_a_device_that_the_kernel_gave_up_is_reported_and_can_be_removed(shared:
         detach(shared)
 
 
+def test_a_device_that_the_kernel_gave_up_while_its_worker_was_dead_can_be_removed(
+    shared: RunningAgent, image: Path
+):
+    """The agent is held, so that nobody answers the reset in time."""
+    with leaves_nothing(shared):
+        attachment = attach(shared, image)
+        Path(f"/sys/class/vduse/{attachment.device_name}/msg_timeout").write_text("1")
+        virtio = Path(f"/sys/block/{Path(attachment.path).name}/device").resolve().name
+        os.kill(shared.child_pid(), signal.SIGSTOP)
+        try:
+            kill(attachment.worker_pid)
+            Path("/sys/bus/virtio/drivers/virtio_blk/unbind").write_text(virtio)
+        finally:
+            os.kill(shared.child_pid(), signal.SIGCONT)
+        wait_until(lambda: inspect(shared).attachment.state == agent_pb2.STATE_BROKEN, "report")
+        detach(shared)
+
+
 def test_an_export_without_the_rights_says_so():
     denied = subprocess.run(
         ["setpriv", "--bounding-set=-all", "csi-vduse", "export", "--backend=null:16M", "denied"],

@@ -231,6 +231,23 @@ async def test_detach_with_a_dead_worker_uses_another(agent, kernel, workers, no
     assert_nothing_left(kernel, workers, node)
 
 
+async def test_a_device_that_the_kernel_gave_up_while_nobody_served_it_is_told_and_can_be_detached(
+    agent, kernel, workers, node
+):
+    await agent.attach(SPEC)
+    kernel.devices["vol-1"].broken = True
+    workers.fault = "given up"
+    workers.processes[0].kill()
+    await until(lambda: agent.attachments()[0].state is State.BROKEN)
+    assert len(workers.processes) == 2  # nobody can serve it
+    kernel.put_in_flight("vol-1", reads=1, writes=2)
+    with pytest.raises(FailedPrecondition, match="3 requests"):
+        await agent.detach("vol-1")
+    kernel.put_in_flight("vol-1", reads=0, writes=0)
+    await agent.detach("vol-1")
+    assert_nothing_left(kernel, workers, node)
+
+
 async def test_by_force_a_mounted_disk_goes_although_its_image_is_missing(agent, kernel, workers, node):
     await agent.attach(SPEC)
     workers.fault = "refuse"

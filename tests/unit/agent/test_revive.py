@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from csi_vduse.agent import revive
+from csi_vduse.agent.attach import Node
 from csi_vduse.agent.revive import Reviver
 from csi_vduse.errors import DataLoss, Unavailable
 
@@ -65,7 +66,11 @@ async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
         reviver.worker_died("vol")
         assert reviver.stalled("vol") == (len(pauses) >= len(revive.DELAYS_S))
         await ended(reviver)
-    assert pauses == [*revive.DELAYS_S, 30.0, 30.0]
+    assert pauses == [*revive.DELAYS_S, 10.0, 10.0, 10.0]
+
+
+def test_the_longest_pause_leaves_time_to_answer_what_the_kernel_has_asked_at_its_beginning(node: Node):
+    assert revive.DELAYS_S[-1] <= node.config.msg_timeout_s - 15
 
 
 async def test_a_worker_that_had_served_for_a_while_is_replaced_at_once(

@@ -2,9 +2,10 @@
 
 It speaks the real channel, keeps the device that it is given open until it is to release it, ends on "stop", and, when
 it serves nothing, with any of its connections, as the real one does (tests/unit/dataplane/test_worker.py). Faults:
-"refuse" (start is answered with an error), "foreign log" (with another one), "die" (killed while starting), "mute"
-(never answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain), "stuck"
-(never answers release), "broken" (its device is), "ancient" (of a protocol without handover), "full" (requests wait).
+"refuse" (start is answered with an error), "foreign log" and "given up" (with others), "die" (killed while starting),
+"mute" (never answers start), "deaf" (never resizes), "old log" (does not read the log), "slow" (does not drain),
+"stuck" (never answers release), "broken" (its device is), "ancient" (of a protocol without handover), "full" (requests
+wait).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.dataplane import channel, versions
-from csi_vduse.errors import DataLoss, FailedPrecondition
+from csi_vduse.errors import DataLoss, DeviceBroken, FailedPrecondition
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ _WAITING = "2 requests wait for the backend: the last write failed with ENOSPC"
 _ERRORS = {
     ("start", "refuse"): FailedPrecondition("the image is missing", hint="make it"),
     ("start", "foreign log"): DataLoss("the in-flight log is not of this device"),
+    ("start", "given up"): DeviceBroken("the kernel has given the device up"),
     ("prepare", "old log"): DataLoss("the in-flight log is of version 2"),
 }
 _READ = {
