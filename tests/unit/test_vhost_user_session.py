@@ -435,7 +435,7 @@ MESSAGES = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.booleans(), st.lists(MESSAGES, max_size=25))
 def test_no_sequence_of_messages_does_more_than_end_its_connection(
     started: bool, messages: list[tuple[int, int, bytes, int]]

@@ -181,7 +181,7 @@ def test_without_tls_nothing_is_said_to_a_server_that_was_to_have_it(tmp_path: P
     assert seen == [STARTTLS]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.binary(max_size=64) | st.sampled_from([export(), reply(GO, ACK), sizes(1, 1, MIB), GREETING]),
