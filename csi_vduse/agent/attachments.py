@@ -144,14 +144,14 @@ class Attachments:
             if attachment is None or attachment.state is not State.ATTACHED or volume_id in self.workers:
                 return
             started = time.monotonic()
-            async with AsyncExitStack() as undo:
-                limits = attachment.spec.throttle
-                try:
+            limits = attachment.spec.throttle
+            try:
+                async with AsyncExitStack() as undo:
                     worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
-                except DeviceBroken:
-                    self.broken.add(volume_id)
-                    raise
-                undo.pop_all()
+                    undo.pop_all()
+            except DeviceBroken:
+                self.broken.add(volume_id)  # after the undo: who sees it may detach at once
+                raise
             self.hold(volume_id, worker)
             self.record(replace(attachment, worker_pid=worker.pid))
             log.get().info(
