@@ -81,7 +81,9 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="bench-fio-") as name:
         folder = Path(name)
-        (folder / "job").write_text("".join(_section(each, targets[each]) for each in targets))
+        # What names a section goes through a shell in fio, so it is not the target's name.
+        sections = {name: f"target{number}" for number, name in enumerate(targets)}
+        (folder / "job").write_text("".join(_section(sections[each], targets[each]) for each in targets))
         argv = ["fio", "--direct=1", "--ioengine=libaio", f"--rw={job.operation}", f"--bs={job.block_bytes}"]
         argv += [
             f"--iodepth={job.depth}",
@@ -107,8 +109,11 @@ def run(
             return dict.fromkeys(targets, HUNG)
         except (OSError, ValueError):
             return dict.fromkeys(targets, f"fio ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-        sections = {section["jobname"]: section for section in report["jobs"]}
-        return {each: _figures(folder, each, targets[each], sections.get(each)) for each in targets}
+        reports = {section["jobname"]: section for section in report["jobs"]}
+        return {
+            each: _figures(folder, sections[each], targets[each], reports.get(sections[each]))
+            for each in targets
+        }
 
 
 def _section(name: str, target: Target) -> str:

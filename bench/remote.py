@@ -119,10 +119,7 @@ def _start(up: ExitStack, found: Found, nbdkit: tuple[int, ...]) -> dict[str, tu
             found.missing.append(Missing(server.name, server.kind, "all", str(error)))
             print(f"bench: {server.name}: {error}", flush=True)
             continue
-        targets[server.name.replace("'", "")] = (
-            replace(server, name=server.name),
-            replace(target, pids=nbdkit),
-        )
+        targets[server.name] = (server, replace(target, pids=nbdkit))
     return targets
 
 
