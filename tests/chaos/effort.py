@@ -18,6 +18,8 @@ class Effort:
     late_s: float
     mkfs_kills: int
     power_cuts: int
+    server_kills: int
+    link_cut_s: float
 
 
 EFFORTS = {
@@ -31,6 +33,8 @@ EFFORTS = {
         late_s=2,
         mkfs_kills=3,
         power_cuts=2,
+        server_kills=3,
+        link_cut_s=5,
     ),
     "long": Effort(
         worker_kills=200,
@@ -42,5 +46,7 @@ EFFORTS = {
         late_s=10,
         mkfs_kills=20,
         power_cuts=20,
+        server_kills=50,
+        link_cut_s=60,
     ),
 }

@@ -19,15 +19,16 @@ PORT = 10809
 
 @dataclass
 class NbdServer:
-    """A server of one export on loopback, which argv starts."""
+    """A server of one export, which argv starts."""
 
     argv: list[str]
     export: str
+    host: str = "127.0.0.1"
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     @property
     def uri(self) -> str:
-        return f"nbd://127.0.0.1:{PORT}/{self.export}"
+        return f"nbd://{self.host}:{PORT}/{self.export}"
 
     def start(self) -> None:
         self.process = subprocess.Popen(self.argv, start_new_session=True, stdin=subprocess.DEVNULL)
@@ -44,16 +45,18 @@ class NbdServer:
         assert self.process.poll() is None
         with socket.socket() as probe:
             probe.settimeout(10)
-            return probe.connect_ex(("127.0.0.1", PORT)) == 0 and bool(probe.recv(1))
+            return probe.connect_ex((self.host, PORT)) == 0 and bool(probe.recv(1))
 
 
-def nbdkit(image: Path, *options: str) -> NbdServer:
-    argv = ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", *options]
-    return NbdServer([*argv, "file", str(image)], "")
+def nbdkit(image: Path, *options: str, host: str = "127.0.0.1") -> NbdServer:
+    argv = ["nbdkit", "--foreground", f"--port={PORT}", f"--ipaddr={host}", *options]
+    return NbdServer([*argv, "file", str(image)], "", host)
 
 
-def qemu(image: Path) -> NbdServer:
-    argv = ["qemu-storage-daemon", "--blockdev", f"driver=file,filename={image},node-name=n,discard=unmap"]
+def qemu(image: Path, kind: str = "raw") -> NbdServer:
+    """kind: the image's format."""
+    file = f"file.driver=file,file.filename={image}"
+    argv = ["qemu-storage-daemon", "--blockdev", f"driver={kind},{file},node-name=n,discard=unmap"]
     argv += ["--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={PORT}"]
     return NbdServer([*argv, "--export", "nbd,id=e,node-name=n,name=disk,writable=on"], "disk")
 
