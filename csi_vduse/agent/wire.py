@@ -46,8 +46,9 @@ def backend_to_wire(backend: BackendSpec) -> agent_pb2.Backend:
     match backend:
         case FileBackend(path):
             return agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(path)))
-        case NbdBackend(uri, tls):
-            return agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=uri, tls=_tls_to_wire(tls)))
+        case NbdBackend(uri, tls, write_through):
+            nbd = agent_pb2.NbdBackend(uri=uri, tls=_tls_to_wire(tls), write_through=write_through)
+            return agent_pb2.Backend(nbd=nbd)
         case NullBackend():
             return agent_pb2.Backend(null=agent_pb2.NullBackend())
 
@@ -66,7 +67,7 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
             return FileBackend(path)
         case "nbd":
             tls = _tls_from_wire(message.nbd.tls) if message.nbd.HasField("tls") else None
-            return NbdBackend(message.nbd.uri, tls)
+            return NbdBackend(message.nbd.uri, tls, message.nbd.write_through)
         case "null":
             return NullBackend()
     raise InvalidArgument("the request names no backend", hint="file, nbd or null")

@@ -27,6 +27,7 @@ KIND = "nbd"
 # Keys of a publish_context.
 URI = "uri"
 EPOCH = "epoch"
+WRITE_THROUGH = "writeThrough"  # "true", or not there
 # The directory of certificates, on the node; also a key of the volume_context of an export that was made beforehand.
 TLS_DIRECTORY = "tlsDirectory"
 _OPTIONS = ("tls", "node-tls")
@@ -184,6 +185,8 @@ class NbdPool:
         await self.check()
         granted = await self._client.publish(volume.id, node_id, read_only=read_only, shared=shared)
         told = {URI: granted.uri, EPOCH: str(granted.epoch)}
+        if granted.write_through:
+            told[WRITE_THROUGH] = "true"
         if self._location.node_tls_dir is not None:
             told[TLS_DIRECTORY] = str(self._location.node_tls_dir)
         return told
@@ -240,11 +243,13 @@ def data_path(volume_id: str, publish_context: Mapping[str, str]) -> NbdBackend:
             f"volume {volume_id} was not published to this node",
             hint="ControllerPublishVolume comes first; the CSIDriver object needs attachRequired: true",
         )
+    write_through = WRITE_THROUGH in publish_context
     if not uri.startswith("nbds"):
-        return NbdBackend(uri)
+        return NbdBackend(uri, write_through=write_through)
     if TLS_DIRECTORY not in publish_context:
         raise FailedPrecondition(
             f"volume {volume_id} is exported over TLS, and this node has no certificates",
             hint="give the pool node-tls=DIR",
         )
-    return NbdBackend(uri, NbdTls(certificates=Path(publish_context[TLS_DIRECTORY])))
+    tls = NbdTls(certificates=Path(publish_context[TLS_DIRECTORY]))
+    return NbdBackend(uri, tls, write_through)

@@ -32,10 +32,13 @@ class NbdBackend:
     Args:
         uri: by the NBD URI specification, without parameters but `socket`.
         tls: what TLS is done with; if and only if the URI asks for TLS.
+        write_through: every write is made stable before it is answered (FUA): the server forgets what was not
+            flushed when its process is killed, and the driver could not know.
     """
 
     uri: str
     tls: NbdTls | None = None
+    write_through: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can never be connected to."""
@@ -57,8 +60,13 @@ def to_json(spec: ServedBackend) -> dict[str, Any]:
     match spec:
         case FileBackend(path):
             return {"kind": "file", "path": str(path)}
-        case NbdBackend(uri, tls):
-            return {"kind": "nbd", "uri": uri, "tls": nbd_uri.tls_to_json(tls)}
+        case NbdBackend(uri, tls, write_through):
+            return {
+                "kind": "nbd",
+                "uri": uri,
+                "tls": nbd_uri.tls_to_json(tls),
+                "write_through": write_through,
+            }
         case NullBackend():
             return {"kind": "null"}
         case ErrorBackend():
@@ -75,7 +83,8 @@ def from_json(value: dict[str, Any]) -> ServedBackend:
         case {"kind": "file", "path": str(path)} if Path(path).is_absolute():
             return FileBackend(Path(path))
         case {"kind": "nbd", "uri": str(uri), "tls": None | {} as tls}:
-            return NbdBackend(uri, nbd_uri.tls_from_json(tls))
+            write_through = value.get("write_through", False)  # records of releases before do not have it
+            return NbdBackend(uri, nbd_uri.tls_from_json(tls), write_through)
         case {"kind": "null"}:
             return NullBackend()
         case {"kind": "error"}:

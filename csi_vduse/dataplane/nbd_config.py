@@ -62,6 +62,7 @@ def encode(backend: NbdBackend, keep: list[Any], *, wait: bool) -> Any:  # noqa:
             "psk_file": string(tls and tls.psk_file),
             "psk_identity": string(address.identity),
             "tls_hostname": string(tls and tls.hostname),
+            "write_through": backend.write_through,
             "wait": wait,
         },
     )

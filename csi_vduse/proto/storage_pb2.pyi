@@ -429,19 +429,23 @@ class Publication(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     URI_FIELD_NUMBER: _builtins.int
+    WRITE_THROUGH_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """grows with every publication of the volume"""
     uri: _builtins.str
     """of the export, by the NBD URI specification"""
+    write_through: _builtins.bool
+    """the daemon forgets what was not flushed if it is killed"""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         uri: _builtins.str = ...,
+        write_through: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "uri", b"uri", "write_through", b"write_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

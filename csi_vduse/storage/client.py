@@ -38,10 +38,11 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class Granted:
-    """What a node needs to use a volume."""
+    """What a node needs to use a volume; see storage.proto's Publication."""
 
     epoch: int
     uri: str
+    write_through: bool = False
 
 
 class StorageClient:
@@ -128,7 +129,7 @@ class StorageClient:
             volume_id=volume_id, node_id=node_id, read_only=read_only, shared=shared
         )
         answer = await self._call(self._stub.Publish(request, timeout=_ACT_TIMEOUT_S))
-        return Granted(answer.epoch, answer.uri)
+        return Granted(answer.epoch, answer.uri, answer.write_through)
 
     async def unpublish(self, volume_id: str, node_id: str = "") -> None:
         """Take a volume back from a node, or from all."""

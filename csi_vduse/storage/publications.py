@@ -26,10 +26,15 @@ _MEND_INTERVAL_S = 5.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where a node finds its export."""
+    """Where a node finds its export, and whether what it writes has to be made stable at once.
+
+    qemu-storage-daemon keeps where the clusters of a qcow2 image are in memory until a flush: killed, it forgets writes
+    that were answered. What was written to a raw image is the kernel's by then.
+    """
 
     publication: Publication
     uri: str
+    write_through: bool
 
 
 class Publications:
@@ -70,7 +75,7 @@ class Publications:
                         f"{volume_id} is published at {node_id} {_manner(found)}", hint="unpublish it first"
                     )
                 await self._serve(block, image)
-                return Published(found, self._core.config.uri(found.export))
+                return self._published(image, found)
             reason = objection(image, node_id=node_id, read_only=read_only, shared=shared)
             if reason:
                 raise FailedPrecondition(f"{volume_id}: {reason}", hint="unpublish it there first")
@@ -89,7 +94,11 @@ class Publications:
             log.get().info(
                 "published", volume_id=volume_id, node_id=node_id, epoch=epoch, read_only=read_only
             )
-            return Published(new, self._core.config.uri(export))
+            return self._published(image, new)
+
+    def _published(self, image: Image, publication: Publication) -> Published:
+        uri = self._core.config.uri(publication.export)
+        return Published(publication, uri, write_through=image.format is Format.QCOW2)
 
     async def unpublish(self, volume_id: str, node_id: str = "") -> None:
         """Take a volume back from a node, or from all; nothing of theirs is in flight when this returns.

@@ -147,7 +147,9 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
             request.volume_id, request.node_id, read_only=request.read_only, shared=request.shared
         )
         published = await self._carry("Publish", request.volume_id, context, act)
-        return storage_pb2.Publication(epoch=published.publication.epoch, uri=published.uri)
+        return storage_pb2.Publication(
+            epoch=published.publication.epoch, uri=published.uri, write_through=published.write_through
+        )
 
     async def Unpublish(
         self, request: storage_pb2.UnpublishRequest, context: Context

@@ -52,6 +52,7 @@ struct vd_nbd_config {
     const char *psk_file;     /* instead of certificates */
     const char *psk_identity; /* empty: the file's first */
     const char *tls_hostname; /* empty: host */
+    int write_through;        /* FUA with all that changes something, whether the driver can flush or not */
     int wait;                 /* do not connect at open: the server may be away, and requests wait for it */
 };
 

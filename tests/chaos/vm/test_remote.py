@@ -26,12 +26,12 @@ OURS, THEIRS = "192.0.2.1", "192.0.2.2"
 
 
 @contextlib.contextmanager
-def remote_volume(agent: RunningAgent, server: NbdServer) -> Iterator[Volume]:
+def remote_volume(agent: RunningAgent, server: NbdServer, *, write_through: bool = False) -> Iterator[Volume]:
     """A volume on this server's export, attached; detached in the end, whatever happened."""
     volume_id = "chaos-remote"
     request = agent_pb2.AttachRequest(
         volume_id=volume_id,
-        backend=agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=server.uri)),
+        backend=agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=server.uri, write_through=write_through)),
         capacity_bytes=VOLUME_BYTES,
         bus=agent_pb2.BUS_VIRTIO_VDPA,
         queues=SHAPE.queues,
@@ -50,7 +50,11 @@ def is_connected(agent: RunningAgent, volume: Volume) -> bool:
 
 def goes_on(agent: RunningAgent, volume: Volume) -> None:
     before = events.written(agent, volume.id)
-    wait_until(lambda: events.written(agent, volume.id) > before, "writing", events.REPLACED_WITHIN_S)
+    try:
+        wait_until(lambda: events.written(agent, volume.id) > before, "writing", events.REPLACED_WITHIN_S)
+    except AssertionError:
+        print(events.inspect(agent, volume.id))
+        raise
 
 
 @pytest.mark.usefixtures("clean")
@@ -58,7 +62,10 @@ def goes_on(agent: RunningAgent, volume: Volume) -> None:
 def test_server_killed(
     shared: RunningAgent, folder: Path, effort: Effort, dice: random.Random, kind: str
 ) -> None:
-    """Again and again, with what it had in flight; some of the times the worker is killed while it is away."""
+    """Again and again, with what it had in flight; some of the times the worker is killed while it is away.
+
+    qemu-storage-daemon has a qcow2 image, and forgets then what was not flushed: hence write_through.
+    """
     image = folder / "image"
     if kind == "nbdkit":
         server = nbd_servers.nbdkit(make_image(image))
@@ -67,7 +74,7 @@ def test_server_killed(
         server = nbd_servers.qemu(image, "qcow2")
     with (
         serving(server),
-        remote_volume(shared, server) as volume,
+        remote_volume(shared, server, write_through=kind != "nbdkit") as volume,
         under_load([volume], folder, dice.randrange(1 << 30)) as load,
     ):
         for number in range(effort.server_kills):
@@ -80,7 +87,7 @@ def test_server_killed(
             goes_on(shared, volume)
             load.goes_on()
     if kind != "nbdkit":
-        tool("qemu-img", "check", "-q", image)
+        tool("qemu-img", "check", "-q", "-r", "leaks", image)  # space that was taken and not used yet
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def connect(how: str) -> None:
     tool("ip", "-n", STORAGE, "link", "set", "cable", how)
 
 
-@pytest.mark.usefixtures("clean", "cable")
+@pytest.mark.usefixtures("cable", "clean")
 def test_network_cut(shared: RunningAgent, folder: Path, effort: Effort, dice: random.Random) -> None:
     """Requests wait, for as long as it takes; the storage machine does not even know."""
     server = nbd_servers.nbdkit(make_image(folder / "image"), host=THEIRS)

@@ -82,6 +82,7 @@ def test_tls_without_keys_and_keys_without_tls_are_refused(uri: str):
     [
         NbdBackend("nbd://h/x"),
         NbdBackend("nbds://h/x", TLS),
+        NbdBackend("nbds://h/x", TLS, write_through=True),
         NbdBackend("nbds://n@h/x", NbdTls(psk_file=Path("/k"), hostname="n")),
     ],
 )

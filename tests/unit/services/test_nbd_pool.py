@@ -249,6 +249,8 @@ def test_where_a_pool_is(tmp_path):
 
 def test_a_node_needs_what_publishing_told_and_its_certificates(tmp_path):
     assert data_path("v", {"uri": "nbd://h/e"}) == NbdBackend("nbd://h/e")
+    through = {"uri": "nbd://h/e", "writeThrough": "true"}
+    assert data_path("v", through) == NbdBackend("nbd://h/e", write_through=True)
     over_tls = {"uri": "nbds://h/e", "tlsDirectory": str(tmp_path)}
     assert data_path("v", over_tls) == NbdBackend("nbds://h/e", NbdTls(tmp_path))
     with pytest.raises(FailedPrecondition, match="not published"):

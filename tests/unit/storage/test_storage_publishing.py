@@ -6,6 +6,7 @@ import time
 import pytest
 
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
+from csi_vduse.storage.model import Format
 from tests.unit.storage.nbd_client import WRITE, CutOff, Refused
 from tests.unit.storage.use import BLOCK, MIB, SIZE, connect, publish, volume, write
 
@@ -20,6 +21,11 @@ async def test_each_publication_has_its_own_epoch_and_export(server):
     assert first.uri != second.uri
     with pytest.raises(Refused):
         await connect(first.uri)
+
+
+async def test_what_the_daemon_would_forget_is_to_be_written_through(server, image_format):
+    await server.create("v1", SIZE)
+    assert (await publish(server)).write_through == (image_format is Format.QCOW2)
 
 
 async def test_exports_of_a_volume_of_the_same_name_made_anew_are_others(server):

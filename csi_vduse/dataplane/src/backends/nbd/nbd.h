@@ -63,7 +63,7 @@ struct nbd_link {
 /* Whom to connect to; strings of our own. */
 struct nbd_target {
     char *host, *service, *socket, *export;
-    bool tls;
+    bool tls, write_through;
     char *certificates, *psk_file, *psk_identity, *tls_hostname;
 };
 

@@ -25,7 +25,7 @@ static bool offers(const struct nbd_queue *nq, enum nbd_flag flag)
 /* A driver that cannot send FLUSH counts on what it writes to be stable when it completes (VIRTIO 1.3, 5.2.6.2). */
 static bool must_sync(const struct nbd_queue *nq)
 {
-    return !(nq->queue->config.features >> VIRTIO_BLK_F_FLUSH & 1);
+    return nq->nbd->target.write_through || !(nq->queue->config.features >> VIRTIO_BLK_F_FLUSH & 1);
 }
 
 static enum nbd_next command(struct nbd_slot *slot, uint16_t type, uint64_t offset, uint64_t length)
