@@ -114,6 +114,7 @@ def test_agents_take_over_from_one_another_under_load(
                 events.wait_for_writes(agents[-1], volume.id)
             agents[0].disconnect()  # it speaks to whoever is there now
     finally:
+        print(agents[0].log.read_text())  # all of them write to it; shown if this fails
         for agent in agents:
             if agent.process.poll() is None:
                 agent.stop()
