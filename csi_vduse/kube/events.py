@@ -36,7 +36,7 @@ async def record(api: ApiServer, node: str, event: NodeEvent) -> None:
     body = {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"csi-vduse-{node}."[:200], "namespace": _NAMESPACE},
+        "metadata": {"generateName": "csi-vduse-" + node[:180].rstrip("-.") + "-", "namespace": _NAMESPACE},
         "eventTime": now,
         "reportingController": DRIVER_NAME,
         "reportingInstance": node[:128],

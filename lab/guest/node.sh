@@ -71,6 +71,7 @@ imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: 50Mi}
 volumeStatsAggPeriod: 10s
+runtimeRequestTimeout: 15m    # an emulated node that is busy unpacks the driver's image for longer than the default of 2m
 YAML
 }
 

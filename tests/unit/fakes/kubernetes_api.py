@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,8 @@ from typing import Any
 from aiohttp import web
 
 Object = dict[str, Any]
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 
 
 class FakeApi:
@@ -115,6 +118,9 @@ class FakeApi:
 
     async def _create(self, base: str, body: Object) -> web.Response:
         name = body["metadata"].get("name") or body["metadata"]["generateName"] + str(self._version)
+        # The server checks a generateName by itself, but for hyphens at its end.
+        if not _NAME.fullmatch(body["metadata"].get("name") or body["metadata"]["generateName"].rstrip("-")):
+            return _failure(422, "Invalid", f"{name} is no lowercase RFC 1123 subdomain")
         path = f"{base}/{name}"
         if path in self._objects:
             return _failure(409, "AlreadyExists", f"{path} already exists")
