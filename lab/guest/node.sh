@@ -110,7 +110,7 @@ case $1 in
     up)
         network
         disk
-        modprobe -a overlay vduse virtio_vdpa vhost_vdpa    # as /etc/modules-load.d does on a real node
+        modprobe -a overlay loop vduse virtio_vdpa vhost_vdpa    # as /etc/modules-load.d does on a real node; loop: for kubelet
         configure
         start containerd
         start kubelet
