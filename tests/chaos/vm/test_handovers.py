@@ -14,7 +14,7 @@ from csi_vduse.proto import agent_pb2
 from tests.chaos.effort import Effort
 from tests.chaos.vm import events
 from tests.chaos.vm.load import attached, under_load
-from tests.vm.conftest import CALL_TIMEOUT_S, RunningAgent, leaves_nothing, wait_until
+from tests.vm.conftest import CALL_TIMEOUT_S, START_TIMEOUT_S, RunningAgent, leaves_nothing, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -97,15 +97,13 @@ def test_agents_take_over_from_one_another_under_load(
                 for volume in volumes:
                     events.wait_for_writes(agents[-1], volume.id)
                 before = {volume.id: events.worker_of(agents[-1], volume.id) for volume in volumes}
-                agents.append(RunningAgent(directory, ("--take-over",)))
+                ready = directory / f"ready-{len(agents)}"
+                agents.append(RunningAgent(directory, ("--take-over", "--ready-file", str(ready))))
                 agents[-1].start()  # who answers may still be the other one
                 agents[-2].disconnect()
+                wait_until(ready.exists, "end of the takeover", START_TIMEOUT_S + events.REPLACED_WITHIN_S)
                 for volume_id, pid in before.items():
-                    wait_until(
-                        lambda volume_id=volume_id, pid=pid: events.worker_of(agents[-1], volume_id) != pid,
-                        f"handover of {volume_id}",
-                        events.REPLACED_WITHIN_S,
-                    )
+                    assert events.worker_of(agents[-1], volume_id) != pid
                 # The other container ends, and with it all that is left in it.
                 agents[-2].process.send_signal(signal.SIGKILL)
                 agents[-2].process.wait(60)
