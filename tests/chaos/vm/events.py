@@ -50,6 +50,12 @@ def wait_for_writes(agent: RunningAgent, volume_id: str) -> None:
     wait_until(lambda: written(agent, volume_id) > 0, f"writing of {volume_id}", REPLACED_WITHIN_S)
 
 
+def goes_on(agent: RunningAgent, volume_id: str) -> None:
+    """Wait until the worker of now has written more than by now."""
+    before = written(agent, volume_id)
+    wait_until(lambda: written(agent, volume_id) > before, f"writing of {volume_id}", REPLACED_WITHIN_S)
+
+
 def kill_worker(agent: RunningAgent, volume_id: str) -> None:
     """Kill the worker of a volume, whichever it is; fine if it dies by itself meanwhile."""
     pid = worker_of(agent, volume_id)

@@ -27,12 +27,6 @@ def backend(folder: Path) -> Iterator[FaultyBackend]:
         yield faulty
 
 
-def goes_on(agent: RunningAgent, volume_id: str) -> None:
-    """Wait until the volume has written more than by now."""
-    before = events.written(agent, volume_id)
-    wait_until(lambda: events.written(agent, volume_id) > before, "writing", events.REPLACED_WITHIN_S)
-
-
 @pytest.mark.usefixtures("clean")
 def test_backend_that_is_late_costs_time_and_nothing_else(
     shared: RunningAgent, folder: Path, effort: Effort, dice: random.Random, backend: FaultyBackend
@@ -47,7 +41,7 @@ def test_backend_that_is_late_costs_time_and_nothing_else(
             time.sleep(effort.late_s)
             load.goes_on()
             backend.be_late(0)
-            goes_on(shared, volume.id)
+            events.goes_on(shared, volume.id)
 
 
 @pytest.mark.usefixtures("clean")
@@ -73,7 +67,7 @@ def test_backend_that_fails_and_comes_back(
             time.sleep(effort.late_s)
             load.goes_on()
             backend.fail(0)
-            goes_on(shared, volume.id)
+            events.goes_on(shared, volume.id)
         wait_until(lambda: reason(shared, volume.id) == "", "end of the waiting")
 
 
@@ -194,7 +188,7 @@ def test_full_pool_makes_writes_wait_for_room(
             load.goes_on()
             hog.unlink()
             for volume in (raw, ext4):
-                goes_on(shared, volume.id)
+                events.goes_on(shared, volume.id)
                 wait_until(lambda v=volume: reason(shared, v.id) == "", "end of the waiting")
     finally:
         tool("umount", pool)

@@ -48,15 +48,6 @@ def is_connected(agent: RunningAgent, volume: Volume) -> bool:
     return bool(events.inspect(agent, volume.id).stats.remote.state == "connected")
 
 
-def goes_on(agent: RunningAgent, volume: Volume) -> None:
-    before = events.written(agent, volume.id)
-    try:
-        wait_until(lambda: events.written(agent, volume.id) > before, "writing", events.REPLACED_WITHIN_S)
-    except AssertionError:
-        print(events.inspect(agent, volume.id))
-        raise
-
-
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("kind", ["nbdkit", "qemu-storage-daemon"])
 def test_server_killed(
@@ -84,7 +75,7 @@ def test_server_killed(
                 events.kill_worker(shared, volume.id)
                 events.worker_of(shared, volume.id)
             server.start()
-            goes_on(shared, volume)
+            events.goes_on(shared, volume.id)
             load.goes_on()
     if kind != "nbdkit":
         tool("qemu-img", "check", "-q", "-r", "leaks", image)  # space that was taken and not used yet
@@ -125,4 +116,4 @@ def test_network_cut(shared: RunningAgent, folder: Path, effort: Effort, dice: r
             time.sleep(effort.link_cut_s)
             load.goes_on()
             connect("up")
-            goes_on(shared, volume)
+            events.goes_on(shared, volume.id)

@@ -22,7 +22,10 @@ static bool offers(const struct nbd_queue *nq, enum nbd_flag flag)
     return nq->link.export.flags & flag;
 }
 
-/* A driver that cannot send FLUSH counts on what it writes to be stable when it completes (VIRTIO 1.3, 5.2.6.2). */
+/*
+ * A driver that cannot send FLUSH counts on what it writes to be stable when it completes (VIRTIO 1.3, 5.2.6.2). One that
+ * can does not know of a server that forgets, when it is killed, what was not flushed: decl/engine.h, write_through.
+ */
 static bool must_sync(const struct nbd_queue *nq)
 {
     return nq->nbd->target.write_through || !(nq->queue->config.features >> VIRTIO_BLK_F_FLUSH & 1);
