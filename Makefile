@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-vm-remote test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-vm-remote test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-suite bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -119,6 +119,10 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
+
+FOCUS ?=
+test-suite: cluster-deps ## Kubernetes' own storage tests on the cluster, started if need be: hours; FOCUS=REGEX for some
+	@$(call TIMED,$(BIN)/python -m lab.storage_suite --focus '$(FOCUS)')
 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh

@@ -1,18 +1,12 @@
 // The storage tests of Kubernetes (test/e2e/storage/external) as a program of our own: `go test -c`. What upstream's
 // e2e.test has besides is left out; flags are the same.
-//
-// What is kept true: for each spec that was not filtered out, one line `spec: RESULT SECONDS NAME` is printed when it
-// ends, for whoever waits.
 package e2e
 
 import (
 	"flag"
-	"fmt"
 	"os"
 	"testing"
 
-	"github.com/onsi/ginkgo/v2"
-	"github.com/onsi/ginkgo/v2/types"
 	"k8s.io/kubernetes/test/e2e"
 	"k8s.io/kubernetes/test/e2e/framework"
 	"k8s.io/kubernetes/test/e2e/framework/config"
@@ -40,10 +34,3 @@ func TestMain(m *testing.M) {
 func TestStorage(t *testing.T) {
 	e2e.RunE2ETests(t)
 }
-
-var _ = ginkgo.ReportAfterEach(func(report ginkgo.SpecReport) {
-	filteredOut := report.State == types.SpecStateSkipped && report.Failure.Message == ""
-	if !filteredOut {
-		fmt.Printf("spec: %s %.0f s %s\n", report.State, report.RunTime.Seconds(), report.FullText())
-	}
-})
