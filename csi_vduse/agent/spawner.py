@@ -210,7 +210,10 @@ class _Spawner:
     def _spawn(self, agent: socket.socket, request: channel.Message) -> None:
         if request.get("op") != "spawn":
             raise InvalidArgument(f"the spawner does not know {request.get('op')!r}")
-        worker = fork_worker(self._worker_main, str(request["listen_path"]))
+        listen_path = request.get("listen_path")
+        if not isinstance(listen_path, str):
+            raise InvalidArgument(f"listen_path is {listen_path!r}; it has to be a path")
+        worker = fork_worker(self._worker_main, listen_path)
         self._workers.add(worker.pid)
         with worker.control:
             try:

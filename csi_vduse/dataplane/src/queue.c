@@ -384,22 +384,28 @@ static int open_uring(struct vd_queue *q)
     return error;
 }
 
+static bool open_backend(struct vd_queue *q)
+{
+    if (!q->engine->ops->queue_open || !q->engine->ops->queue_open(q))
+        return true;
+    io_uring_queue_exit(&q->uring);
+    return false;
+}
+
 void *vd_queue_run(void *argument)
 {
     struct vd_queue *q = argument;
-    bool abandoned = false;
+    bool abandoned = false, opened;
 
     prctl(PR_SET_NAME, "vduse-queue");
     /* Memory that the kernel needs for this thread must not be had by writing to a device like ours. */
     (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     pthread_mutex_lock(&q->lock);
-    if (open_uring(q) || (q->engine->ops->queue_open && q->engine->ops->queue_open(q))) {
-        vd_queue_set_state(q, FAILED);
-        pthread_mutex_unlock(&q->lock);
-        return NULL;
-    }
-    vd_queue_set_state(q, RUNNING);
+    opened = !open_uring(q) && open_backend(q);
+    vd_queue_set_state(q, opened ? RUNNING : FAILED);
     pthread_mutex_unlock(&q->lock);
+    if (!opened)
+        return NULL;
     for (;;) {
         enum command command = read_command(q);
         unsigned work = advance(q, command);
