@@ -122,7 +122,11 @@ class NodesView:
         need_bytes: int,
         node: str | None = None,
     ) -> NodePool:
-        """Choose where a new volume goes: what is preferred first, then where most room is.
+        """Choose where a new volume goes: where its source is, else where it is preferred most, else where most room is.
+
+        A preference comes from Kubernetes' scheduler, which has chosen a node for the pod. A volume with a source cannot
+        heed it: the scheduler sees where the volume is, and moves the pod there. One without a source is on that node or
+        nowhere: only the scheduler knows whether the pod could run elsewhere, and it chooses again after a refusal.
 
         Args:
             pools: what there is.
@@ -138,10 +142,13 @@ class NodesView:
         named = [each for each in pools if each.pool == pool]
         if not named:
             raise unknown_pool(pool, pools)
+        wanted = requirement.preferred[0] if requirement and requirement.preferred and node is None else {}
         allowed = [
             each
             for each in named
-            if satisfies(requirement, node_segments(each.node)) and node in {None, each.node}
+            if satisfies(requirement, node_segments(each.node))
+            and node in {None, each.node}
+            and includes(wanted, node_segments(each.node))
         ]
         if not allowed:
             raise ResourceExhausted(
@@ -156,8 +163,7 @@ class NodesView:
                 f"{need_bytes} bytes are needed; of pool {pool!r} at most {most} are left on a node that is allowed",
                 hint="delete volumes or snapshots, enlarge the pool's file system, or use another pool",
             )
-        preferred = requirement.preferred if requirement else ()
-        return min(roomy, key=lambda each: (not each.is_live, _rank(each, preferred), -left[each]))
+        return min(roomy, key=lambda each: (not each.is_live, -left[each]))
 
 
 def default_pool(pools: Sequence[NodePool]) -> str | None:
@@ -195,11 +201,6 @@ async def _measured(backend: Backend) -> NodePool:
     except VduseError as error:
         log.get().warning("pool is not usable now", pool=backend.name, error=str(error))
     return NodePool(node="", pool=backend.name, kind=backend.kind, usage=usage, is_live=usage is not None)
-
-
-def _rank(pool: NodePool, preferred: Sequence[Segments]) -> int:
-    ranks = [i for i, term in enumerate(preferred) if includes(term, node_segments(pool.node))]
-    return ranks[0] if ranks else len(preferred)
 
 
 def _pools_of(found: Object, now: dt.datetime) -> list[NodePool]:

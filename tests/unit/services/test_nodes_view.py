@@ -49,11 +49,26 @@ async def chosen(found, requirement=None, gib=1, pool="default", **only):
     return found.choose(await found.pools(), requirement, pool=pool, need_bytes=gib * GIB, **only).node
 
 
-async def test_the_preferred_node_is_taken_then_the_one_with_most_room():
+PREFER_N1 = TopologyRequirement(
+    (node_segments("n1"), node_segments("n2")), (node_segments("n1"), node_segments("n2"))
+)
+
+
+async def test_the_preferred_node_is_taken_else_the_one_with_most_room():
     both = view(node("n1"), node("n2", gib=20))
     assert await chosen(both) == "n2"
-    prefer = TopologyRequirement((node_segments("n1"), node_segments("n2")), (node_segments("n1"),))
-    assert await chosen(both, prefer) == "n1"
+    assert await chosen(both, PREFER_N1) == "n1"
+
+
+async def test_a_preferred_node_without_room_is_refused_so_that_the_scheduler_chooses_again():
+    with pytest.raises(ResourceExhausted, match="at most"):
+        await chosen(view(node("n1", gib=1), node("n2")), PREFER_N1, gib=5)
+    with pytest.raises(ResourceExhausted, match="n2 only"):
+        await chosen(view(node("n2")), PREFER_N1)
+
+
+async def test_a_volume_with_a_source_goes_there_whatever_is_preferred():
+    assert await chosen(view(node("n1"), node("n2")), PREFER_N1, node="n2") == "n2"
 
 
 async def test_a_node_that_is_full_or_not_allowed_or_silent_is_passed_over():
