@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 BLOCK_BYTES = 4096
-BLOCKS = 2048
+BLOCKS = 512
 _READ_EVERY = 8
 
 
