@@ -96,6 +96,11 @@ class Cluster:
             bundle.collect(layout)
             raise
 
+    def ensure_up(self) -> None:
+        """Bring it up, unless it is; raises as `up` does."""
+        if not network.exists(self.layout):
+            self.up()
+
     def down(self) -> None:
         """End it: the nodes, the control plane, the network, the folder. The logs stay."""
         with step("down"):

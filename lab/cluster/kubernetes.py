@@ -29,7 +29,7 @@ SIDECARS = {
 _SNAPSHOT_API = "github.com/kubernetes-csi/external-snapshotter/client/v8"
 _BUILD_S = 7200.0
 """Eight minutes on two idle cores, with nothing in Go's own cache."""
-_GO = {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false -mod=readonly"}
+GO = {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false -mod=readonly"}
 
 
 def obtain() -> Path:
@@ -37,14 +37,22 @@ def obtain() -> Path:
 
     Raises LabSetupError when Go is missing or the build fails.
     """
-    if not shutil.which("go"):
-        raise LabSetupError("the cluster lab builds Kubernetes from source: Go 1.26 or newer is needed")
+    require_go()
     key = digest(
         [KUBERNETES, *_flags(), *SIDECARS],
         [MODULE / "go.mod", MODULE / "go.sum", MODULE / "main.go"],
         MODULE,
     )
     return built("kubernetes", key, _build)
+
+
+def require_go() -> None:
+    """See that there is something to build Kubernetes with.
+
+    Raises LabSetupError.
+    """
+    if not shutil.which("go"):
+        raise LabSetupError("the cluster lab builds Kubernetes from source: Go 1.26 or newer is needed")
 
 
 def sidecar_image(name: str, go_mod: str) -> str:
@@ -66,7 +74,7 @@ def _build(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".go-", dir=target.parent) as work:
         made = Path(work)
         # `tool`: the sidecars, which go.mod lists as tools because their packages cannot be imported.
-        run(["go", "build", *_flags(), "-o", work, ".", "tool"], timeout_s=_BUILD_S, cwd=MODULE, env=_GO)
+        run(["go", "build", *_flags(), "-o", work, ".", "tool"], timeout_s=_BUILD_S, cwd=MODULE, env=GO)
         for program in ("kube", "snapshot-controller"):
             os.replace(made / program, target / program)  # noqa: PTH105 -- one file system, no copy
         (target / "images").mkdir()
@@ -74,5 +82,5 @@ def _build(target: Path) -> None:
         for name in SIDECARS:
             image = Image(sidecar_image(name, go_mod), {f"/{name}": made / name}, entrypoint=(f"/{name}",))
             write_archive(image, target / "images" / f"{name}.tar")
-    listed = run(["go", "list", "-m", "-json", _SNAPSHOT_API], timeout_s=120, cwd=MODULE, env=_GO)
+    listed = run(["go", "list", "-m", "-json", _SNAPSHOT_API], timeout_s=120, cwd=MODULE, env=GO)
     shutil.copytree(Path(json.loads(listed)["Dir"], "config", "crd"), target / "crds")

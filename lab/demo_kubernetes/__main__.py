@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 
-from lab.cluster import bundle, network
+from lab.cluster import bundle
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.demo.story import ClaimFailed, Story
@@ -29,8 +29,7 @@ def main() -> int:
     story = Story()
     shown = Shown(story, cluster)
     try:
-        if not network.exists(cluster.layout):
-            cluster.up()
+        cluster.ensure_up()
         for step in STORIES[options.story]:
             step(shown)
     except (ClaimFailed, LabError) as error:

@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab.cluster import bundle, network, suite
+from lab.cluster import bundle, suite
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.cluster.node import NodeMachine
@@ -64,8 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(cluster: Cluster, built: Path, chosen: list[str]) -> int:
     layout = cluster.layout
-    if not network.exists(layout):
-        cluster.up()
+    cluster.ensure_up()
     if not cluster.kubectl("get", "csidrivers", life.DRIVER, "--ignore-not-found"):
         life.install(life.Shown(Story(), cluster))
     _import_images(layout, sorted((built / "images").glob("*.tar")))

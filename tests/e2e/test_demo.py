@@ -6,7 +6,7 @@ on each other, so the first one that fails ends it, and the rest fail with it.
 
 import pytest
 
-from lab.cluster import bundle, network
+from lab.cluster import bundle
 from lab.cluster.cluster import Cluster
 from lab.cluster.layout import Layout
 from lab.demo.story import Story
@@ -17,8 +17,7 @@ from lab.demo_kubernetes.stories import STORIES
 @pytest.fixture(scope="module")
 def shown():
     cluster = Cluster(Layout())
-    if not network.exists(cluster.layout):
-        cluster.up()
+    cluster.ensure_up()
     return Shown(Story(), cluster)
 
 
