@@ -93,7 +93,10 @@ class Guest:
         chardev = f"socket,id=disk,path={socket}" + (",reconnect=1" if reconnect else "")
         device = f"vhost-user-blk-pci,chardev=disk,num-queues={queues},packed={'on' if packed else 'off'}"
         argv = [
-            *(QEMU, "-machine", "q35,memory-backend=ram", "-accel", "tcg", "-smp", str(queues), "-m", "256M"),
+            *(QEMU, "-machine", "q35,memory-backend=ram", "-smp", str(queues), "-m", "256M"),
+            # Processors that take turns: with a thread for each, the emulator can run an instruction that the
+            # guest's kernel has just patched on another one (seen: int3 of a static branch, a panic).
+            *("-accel", "tcg,thread=single"),
             *("-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-chardev", chardev, "-device", f"{device},disable-legacy=on"),
