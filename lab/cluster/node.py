@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.channel import Completed
-from lab.cluster.layout import HOST_ADDRESS, PAUSE_IMAGE, SERVICES, Layout, Node
+from lab.cluster.layout import API_PORT, HOST_ADDRESS, PAUSE_IMAGE, SERVICES, Layout, Node
 from lab.machine import GIB, Machine
 from lab.paths import GUEST_SCRIPTS
 
@@ -18,6 +18,7 @@ MEMORY = "3G"
 DISK_BYTES = 16 * GIB
 """Size of the sparse file; a node with all images on it uses about 2 GiB."""
 UP_S = 900.0
+_KUBELET_PORT = 10250
 
 
 class NodeMachine:
@@ -65,6 +66,11 @@ class NodeMachine:
         """Kill the first process of a container with SIGKILL."""
         containerd = ("ctr", "--address", "/run/containerd/containerd.sock", "--namespace", "k8s.io")
         self.run(*containerd, "tasks", "kill", "--signal", "SIGKILL", identifier)
+
+    def cut_off(self) -> None:
+        """Let nothing pass any more between the node and the control plane, until its next start."""
+        for port in (f"dport {API_PORT}", f"sport {_KUBELET_PORT}"):
+            self.run("ip", "rule", "add", "blackhole", "ipproto", "tcp", *port.split())
 
     def power_off(self) -> Machine:
         """Cut the node's power: no mercy for what was in memory. What is returned is for `power_on`."""

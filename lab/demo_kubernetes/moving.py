@@ -1,6 +1,7 @@
-"""A volume of a storage server goes from node to node with its pod, also when the first node is lost."""
+"""A volume of a storage server goes from node to node with its pod, also when the first node is cut off or lost."""
 
 import json
+import time
 
 from lab.cluster import storage
 from lab.cluster.control_plane import ControlPlane
@@ -12,6 +13,9 @@ from lab.paths import CHECKOUT
 
 _VALUES = CHECKOUT / "lab" / "demo_kubernetes" / "values-remote.yaml"
 _OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+_STEP_S = 10
+# Run in the pod: writes for as long as it can, in the background.
+_WRITE_ON = "(while :; do echo line >>/data/lines; sync; done) >/dev/null 2>&1 &"
 # Run in the agent's container of a node: asks for an export as a worker does.
 _KNOCK = """
 import sys
@@ -64,10 +68,35 @@ def move(shown: Shown) -> None:
     for away, target in (("node-1", "node-2"), ("node-2", "node-1")):
         kubectl("cordon", away)
         kubectl("delete", "pod", "--selector=app=mover", "--wait=true")
-        pod, node = _pod(shown)
-        story.check(node == target, f"the pod runs on {node}")
-        _same(shown, pod)
+        _moved(shown, target)
         kubectl("uncordon", away)
+
+
+def cut_off(shown: Shown) -> None:
+    """The first node runs on and reaches the storage server, but the control plane does not reach it."""
+    story, kubectl = shown.story, shown.kubectl
+    story.step("The first node is cut off from the control plane, and its pod writes on")
+    pod, _ = _pod(shown)
+    kubectl.sh(pod, _WRITE_ON)
+    first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
+    first.cut_off()
+    _out_of_service(shown)
+    second = _moved(shown, "node-2")
+    lines = _lines(shown, second)
+    asked, waiting = _writes(first)
+    time.sleep(_STEP_S)
+    story.check(first.run("pgrep", "-f", "/data/lines").stdout != "", "the old pod's writer lives on node-1")
+    story.check(_writes(first) == (asked, waiting) and waiting > 0, f"its {waiting} writes wait, none ends")
+    story.check(
+        lines == _lines(shown, second) != "0", f"the new pod has {lines} lines of it, and no more come"
+    )
+
+    story.step("The first node is restarted, and the pod comes back")
+    first.power_on(first.power_off())
+    _in_service(shown)
+    kubectl("delete", "pod", "--selector=app=mover", "--wait=true")
+    pod = _moved(shown, "node-1")
+    story.check(kubectl.sh(pod, "wc -l </data/lines") == lines, f"it has the {lines} lines")
 
 
 def lose(shown: Shown) -> None:
@@ -78,20 +107,13 @@ def lose(shown: Shown) -> None:
     told = attached["status"]["attachmentMetadata"]
     first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
     off = first.power_off()
-    kubectl("wait", "--for=condition=Ready=Unknown", "node/node-1", f"--timeout={WAIT_S}s")
-    story.seen(kubectl("get", "nodes"))
-    story.asked(f"kubectl taint node node-1 {_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
-    kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
-    pod, node = _pod(shown)
-    story.check(node == "node-2", f"the pod runs on {node}")
-    _same(shown, pod)
+    _out_of_service(shown)
+    pod = _moved(shown, "node-2")
     kubectl.sh(pod, "echo second >/data/second; sync")
 
     story.step("The first node comes back")
     first.power_on(off)
-    kubectl("wait", "--for=condition=Ready", "node/node-1", f"--timeout={WAIT_S}s")
-    kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}-")
-    helm.wait(shown.cluster)
+    _in_service(shown)
     agent = next(
         found["metadata"]["name"]
         for found in shown.driver.objects("pods", "--selector=app.kubernetes.io/component=agent")
@@ -117,7 +139,7 @@ def clean_up(shown: Shown) -> None:
     story.check(not left, "the storage server has no image" + (f": {json.dumps(left)}" if left else ""))
 
 
-STEPS = (serve, write, move, lose, clean_up)
+STEPS = (serve, write, move, cut_off, lose, clean_up)
 
 
 def _pod(shown: Shown) -> tuple[str, str]:
@@ -130,6 +152,45 @@ def _pod(shown: Shown) -> tuple[str, str]:
         if "deletionTimestamp" not in found["metadata"]
     )
     return pod["metadata"]["name"], pod["spec"]["nodeName"]
+
+
+def _moved(shown: Shown, target: str) -> str:
+    """The pod, which has to run on `target` and to have its data."""
+    pod, node = _pod(shown)
+    shown.story.check(node == target, f"the pod runs on {node}")
+    _same(shown, pod)
+    return pod
+
+
+def _out_of_service(shown: Shown) -> None:
+    """Do what an administrator does about a node that does not answer."""
+    story, kubectl = shown.story, shown.kubectl
+    kubectl("wait", "--for=condition=Ready=Unknown", "node/node-1", f"--timeout={WAIT_S}s")
+    story.seen(kubectl("get", "nodes"))
+    story.asked(f"kubectl taint node node-1 {_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+    kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+
+
+def _in_service(shown: Shown) -> None:
+    """Wait for the node that was restarted, and for the driver on it."""
+    shown.kubectl("wait", "--for=condition=Ready", "node/node-1", f"--timeout={WAIT_S}s")
+    shown.kubectl("taint", "node", "node-1", f"{_OUT_OF_SERVICE}-")
+    helm.wait(shown.cluster)
+
+
+def _lines(shown: Shown, pod: str) -> str:
+    """How many lines the first pod has written, read from the disk and not from the second node's memory."""
+    NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[1]).run("sysctl", "-q", "vm.drop_caches=3")
+    return shown.kubectl.sh(pod, "wc -l </data/lines")
+
+
+def _writes(node: NodeMachine) -> tuple[int, int]:
+    """Requests that the node's one virtio disk has ended as writes, and those that wait.
+
+    Source: Linux, Documentation/block/stat.rst.
+    """
+    fields = node.run("sh", "-c", "cat /sys/block/vd*/stat").stdout.split()
+    return int(fields[4]), int(fields[8])
 
 
 def _same(shown: Shown, pod: str) -> None:
