@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 
 from bench import pause, results
-from bench.pause import AGENT_KILL, HANDOVER, KILL, NOTHING, UPGRADE, Event, Series
+from bench.pause import AGENT_KILL, COMPUTING, HANDOVER, KILL, NOTHING, UPGRADE, Event, Series
 from bench.servers import CSI_VDUSE, BenchError, tool
 from csi_vduse.agent.revive import CALM_S
 from csi_vduse.proto import agent_pb2, agent_pb2_grpc
@@ -32,6 +32,7 @@ _IMAGE_BYTES = 16 << 20
 _REST_S = 0.2
 _TIMEOUT_S = 240.0
 _POLL_S = 0.02
+_COMPUTING_S = 2
 
 
 def measure(count: int, wanted: str, folder: Path) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class _Node:
         """What can happen to it."""
         return [
             Event(NOTHING, lambda: None, _REST_S),
+            Event(COMPUTING, self._compute, _REST_S),
             Event(AGENT_KILL, self._kill_agent, _REST_S),
             Event(HANDOVER, self._hand_over, _REST_S),
             Event(UPGRADE, self._upgrade, _REST_S),
@@ -112,6 +114,11 @@ class _Node:
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*self._argv, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def _compute() -> None:
+        """Keep one processor busy for as long as an agent that starts does."""
+        subprocess.run(["timeout", f"{_COMPUTING_S}", "yes"], stdout=subprocess.DEVNULL, check=False)
 
     def _kill_agent(self) -> None:
         children = Path(f"/proc/{self._spawner.pid}/task/{self._spawner.pid}/children").read_text().split()
