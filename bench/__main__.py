@@ -13,14 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from bench import report, results
 from lab.errors import LabError
 from lab.machine import Machine
+from lab.tap import Nic
 
-VM_PARTS = ("vm", "remote", "scale", "pause")
+VM_PARTS = ("vm", "remote", "loopback", "scale", "pause")
 EVENTS, QUICK_EVENTS = 100, 2
 _PART_S = 2400.0
 
@@ -79,10 +81,18 @@ def _in_a_machine(part: str, options: argparse.Namespace) -> None:
     argv += ["--events", str(options.events)] if options.events else []
     argv += ["--only", options.only] if options.only else []
     busy = f"{os.getloadavg()[0]:.2f}"  # a guest cannot see what else its host does
-    with Machine(options.name) as machine:
+    with ExitStack() as up:
+        nic = up.enter_context(_storage_machine()) if part == "remote" else None
+        machine = up.enter_context(Machine(options.name, nic=nic))
         code = machine.stream(argv, timeout_s=_PART_S, env={"LAB_HOST_LOAD": busy})
     if code:
         raise RuntimeError(f"`{shlex.join(argv)}` ended with {code} in the machine")
+
+
+def _storage_machine() -> AbstractContextManager[Nic]:
+    from bench import network, remote  # noqa: PLC0415 - see below
+
+    return network.storage_machine(remote.nbdkit(network.SERVER))
 
 
 def _measure(part: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
@@ -93,10 +103,11 @@ def _measure(part: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
         return lambda options: vm.measure(
             vm.QUICK if options.quick else vm.Effort(), options.folder or vm.SCRATCH
         )
-    if part == "remote":
-        from bench import remote, vm  # noqa: PLC0415 - see above
+    if part in {"remote", "loopback"}:
+        from bench import network, remote, vm  # noqa: PLC0415 - see above
 
-        return lambda options: remote.measure(vm.QUICK if options.quick else vm.Effort())
+        host = network.SERVER if part == "remote" else remote.LOOPBACK
+        return lambda options: remote.measure(vm.QUICK if options.quick else vm.Effort(), host)
     if part == "native":
         from bench import native  # noqa: PLC0415 - see above
 

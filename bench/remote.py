@@ -1,7 +1,8 @@
-"""In the VM: one NBD server on TCP loopback, and everybody who makes a disk of it, same boot, interleaved.
+"""In the VM: one NBD server, and everybody who makes a disk of it, same boot, interleaved.
 
-The server is nbdkit with its memory plugin, one process for all. Its CPU time is what the tables call the server's,
-so the rest of the machine's is the client side: fio, the client, and all that the kernel does for both.
+The server is nbdkit with its memory plugin, one process for all. It runs on a storage machine (bench/network.py), where
+the machine's CPU time is the client side's: fio, the client, and all that the kernel does for both. Or it runs
+beside its clients, on TCP loopback, and its own time is what the tables call the server's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import cpu, fio, syscalls
+from bench import cpu, fio, network, syscalls
 from bench.fio import Target
 from bench.results import FIO_NBD, KERNEL_NBD, OURS, QSD, Missing, conditions
 from bench.servers import (
@@ -32,7 +33,7 @@ from bench.vm import Effort, Found, keep
 KIND = "remote"
 SIZE_BYTES = 256 << 20
 PORT = 10809
-URI = f"nbd://127.0.0.1:{PORT}/"
+LOOPBACK = "127.0.0.1"
 TARGET_JOBS = (
     *(fio.small(operation, depth) for depth in (1, 32) for operation in ("randread", "randwrite")),
     *fio.LARGE,
@@ -45,26 +46,31 @@ _COUNTED = fio.small("randread", 32)
 _Targets = Mapping[str, tuple[Server, Target]]
 
 
-def servers() -> tuple[Server, ...]:
-    """Everybody, ours first."""
-    remote = f"driver=nbd,server.type=inet,server.host=127.0.0.1,server.port={PORT},export="
+def nbdkit(host: str) -> list[str]:
+    """The server that listens on an address of this machine."""
+    return ["nbdkit", "--foreground", f"--port={PORT}", f"--ipaddr={host}", "memory", str(SIZE_BYTES)]
+
+
+def servers(host: str) -> tuple[Server, ...]:
+    """Everybody who makes a disk of the server at this address, ours first."""
+    remote = f"driver=nbd,server.type=inet,server.host={host},server.port={PORT},export="
     return (
-        ours(KIND, URI),
-        kernel_nbd(0, 1),
-        kernel_nbd(1, 4),
+        ours(KIND, _uri(host)),
+        kernel_nbd(host, 0, 1),
+        kernel_nbd(host, 1, 4),
         qemu_storage_daemon(KIND, remote),
-        Server(FIO_NBD, KIND, _fio_alone),
+        Server(FIO_NBD, KIND, lambda _queues: _fio_alone(host)),
     )
 
 
-def kernel_nbd(number: int, connections: int) -> Server:
+def kernel_nbd(host: str, number: int, connections: int) -> Server:
     """The kernel's client."""
 
     @contextmanager
     def start(_queues: int) -> Iterator[Target]:
         tool("modprobe", "nbd")
         device = Path(f"/dev/nbd{number}")
-        argv = ["-N", "", "127.0.0.1", str(PORT), str(device), "-C", str(connections), "-b", "512"]
+        argv = ["-N", "", host, str(PORT), str(device), "-C", str(connections), "-b", "512"]
         tool("nbd-client", *argv)
         with undone_by("nbd-client", "-d", str(device)):
             size = Path("/sys/block") / device.name / "size"
@@ -75,19 +81,27 @@ def kernel_nbd(number: int, connections: int) -> Server:
 
 
 @contextmanager
-def _fio_alone(_queues: int) -> Iterator[Target]:
+def _fio_alone(host: str) -> Iterator[Target]:
     """No block device at all: the limit."""
-    yield Target(Path(), (), ("ioengine=nbd", f"uri={URI}"))
+    yield Target(Path(), (), ("ioengine=nbd", f"uri={_uri(host)}"))
 
 
-def measure(effort: Effort) -> dict[str, Any]:
-    """Measure everything; returns the raw figures."""
+def _uri(host: str) -> str:
+    return f"nbd://{host}:{PORT}/"
+
+
+def measure(effort: Effort, host: str) -> dict[str, Any]:
+    """Measure everything; returns the raw figures. host: where the server is, LOOPBACK or the storage machine."""
     tool("modprobe", "-a", "vduse", "virtio-vdpa", "vhost-vdpa")
     found = Found()
-    argv = ["nbdkit", "--foreground", f"--port={PORT}", "--ipaddr=127.0.0.1", "memory", str(SIZE_BYTES)]
-    with running(argv) as nbdkit, ExitStack() as up:
-        tool("nbdinfo", "--size", URI)  # it is there
-        targets = _start(up, found, cpu.family(nbdkit.pid))
+    with ExitStack() as up:
+        pids: tuple[int, ...] = ()
+        if host == LOOPBACK:
+            pids = cpu.family(up.enter_context(running(nbdkit(host))).pid)
+        else:
+            network.plug_in()
+        tool("nbdinfo", "--size", _uri(host))  # it is there
+        targets = _start(up, found, host, pids)
         _fill(next(target.device for _, target in targets.values() if not target.options))
         for number in range(max(effort.rounds, effort.wide_rounds)):
             for job in JOBS if number < effort.wide_rounds else TARGET_JOBS:
@@ -98,7 +112,7 @@ def measure(effort: Effort) -> dict[str, Any]:
                     keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
         counts = _count_syscalls(found, targets, effort)
     about = conditions(
-        runtime_s=effort.runtime_s, rounds=effort.rounds, server="nbdkit memory, one process, TCP loopback"
+        runtime_s=effort.runtime_s, rounds=effort.rounds, server=f"nbdkit memory, one process, at {host}"
     )
     return {"conditions": about, "runs": found.runs, "missing": found.missing, "syscalls": counts}
 
@@ -108,9 +122,9 @@ def _run(targets: _Targets, job: fio.Job, effort: Effort) -> dict[str, fio.Figur
     return fio.run(chosen, job, runtime_s=effort.runtime_s, threads=1, size_bytes=SIZE_BYTES)
 
 
-def _start(up: ExitStack, found: Found, nbdkit: tuple[int, ...]) -> dict[str, tuple[Server, Target]]:
+def _start(up: ExitStack, found: Found, host: str, pids: tuple[int, ...]) -> dict[str, tuple[Server, Target]]:
     targets = {}
-    for server in servers():
+    for server in servers(host):
         try:
             target = up.enter_context(server.start(1))
             if not target.options:
@@ -119,7 +133,7 @@ def _start(up: ExitStack, found: Found, nbdkit: tuple[int, ...]) -> dict[str, tu
             found.missing.append(Missing(server.name, server.kind, "all", str(error)))
             print(f"bench: {server.name}: {error}", flush=True)
             continue
-        targets[server.name] = (server, replace(target, pids=nbdkit))
+        targets[server.name] = (server, replace(target, pids=pids))
     return targets
 
 

@@ -81,7 +81,8 @@ def make(figures: Figures, links: str) -> tuple[str, dict[str, str]]:
     text += _targets(figures)
     for kind in ("file", "null"):
         text += _vm(figures.get("vm"), kind, drawings)
-    text += _remote(figures.get("remote"), drawings)
+    for part, where in _REMOTE.items():
+        text += _remote(figures.get(part), part, where, drawings)
     text += _native(figures.get("native"), drawings)
     text += _instructions(figures.get("instructions")) + _scale(figures.get("scale"), drawings)
     for part, where, bounds_ms in _PAUSES:
@@ -134,18 +135,25 @@ def _vm(part: dict[str, Any] | None, kind: str, drawings: _Drawings) -> str:
     return text + drawings.runs(f"vm-{kind}-cpu", title, single, jobs, _CPU)
 
 
-def _remote(part: dict[str, Any] | None, drawings: _Drawings) -> str:
+_REMOTE = {
+    "remote": "a remote disk: one nbdkit on another machine",
+    "loopback": "a remote disk: one nbdkit on TCP loopback",
+}
+
+
+def _remote(part: dict[str, Any] | None, name: str, where: str, drawings: _Drawings) -> str:
     runs = runs_of(part)
     if not runs:
         return ""
-    text = "### In the VM, a remote disk: one nbdkit on TCP loopback\n\n"
-    text += "Latency in µs; CPU, of the machine and of nbdkit, in µs per request; context switches per request.\n\n"
+    text = f"### In the VM, {where}\n\n"
+    text += "Latency in µs; CPU, of the machine and of nbdkit if it runs there, in µs per request; context switches "
+    text += "per request.\n\n"
     text += _runs_table(runs)
     if rows := (part or {}).get("syscalls"):
         head = ["server", "job", "system calls of its own per request"]
         text += table(head, [[row["server"], row["job"], number(row["calls_per_request"])] for row in rows])
     jobs = [job for job in _PLOTTED if any(run.job == job for run in runs)]
-    return text + drawings.runs("remote-iops", "VM, remote, one queue", runs, jobs, _IOPS)
+    return text + drawings.runs(f"{name}-iops", f"VM, {where}", runs, jobs, _IOPS)
 
 
 def _native(part: dict[str, Any] | None, drawings: _Drawings) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lab.paths import results_dir
 
-PARTS = ("vm", "remote", "native", "instructions", "scale", "pause-native", "pause")
+PARTS = ("vm", "remote", "loopback", "native", "instructions", "scale", "pause-native", "pause")
 OURS = "csi-vduse"
 QSD = "qemu-storage-daemon"
 KERNEL_NBD = "kernel nbd, connections:"
@@ -30,8 +30,8 @@ class Run:
     """One job on one server, once. CPU is in microseconds of one CPU per completed request.
 
     kind: what the server stores into, "null" or "file"; cpu_us: the whole machine's, without idling;
-    server_cpu_us: of the server's processes, None for a server inside the kernel; switches: context switches
-    of the whole machine per request, None where that was not looked at.
+    server_cpu_us: of the server's processes, None for a server inside the kernel or on another machine;
+    switches: context switches of the whole machine per request, None where that was not looked at.
     """
 
     server: str

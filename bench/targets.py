@@ -56,8 +56,8 @@ def _server_cpu(run: Run) -> float | None:
 
 
 def _client_cpu(run: Run) -> float | None:
-    """Of the machine, without the NBD server's processes."""
-    return None if run.server_cpu_us is None else run.cpu_us - run.server_cpu_us
+    """Of the machine, without the NBD server's processes if they run there."""
+    return run.cpu_us - (run.server_cpu_us or 0)
 
 
 def _value(runs: Iterable[Run], server: str, kind: str, job: str, pick: Pick) -> float | None:
@@ -127,6 +127,45 @@ def _less(
     return Target(text, at_most, beyond, more=False, unit=unit, measure=measure)
 
 
+def _remote(part: str, where: str) -> tuple[Target, ...]:
+    """Those of issue 6."""
+    return (
+        _more(
+            f"VM, {where}, 4k QD32 randread, IOPS / kernel nbd's",
+            1.6,
+            1.9,
+            ratio(part, "remote", ["4k randread QD32"], _NBD),
+        ),
+        _more(
+            f"VM, {where}, 4k QD32 randwrite, IOPS / kernel nbd's",
+            1.3,
+            1.6,
+            ratio(part, "remote", ["4k randwrite QD32"], _NBD),
+        ),
+        _less(
+            f"VM, {where}, 4k QD1, mean latency / kernel nbd's",
+            1.2,
+            0.95,
+            ratio(part, "remote", _QD1, _NBD, pick=_mean, more=False),
+        ),
+        _more(
+            f"VM, {where}, 128k sequential, IOPS / kernel nbd's", 1, 1.3, ratio(part, "remote", _LARGE, _NBD)
+        ),
+        _less(
+            f"VM, {where}, 4k QD32, CPU of the client side per request / kernel nbd's",
+            0.8,
+            0.6,
+            ratio(part, "remote", _READ_WRITE_32, _NBD, pick=_client_cpu, more=False),
+        ),
+        _more(
+            f"VM, {where}, 4k QD32, IOPS / fio's own nbd engine's, without a block device",
+            0.8,
+            0.95,
+            ratio(part, "remote", _READ_WRITE_32, FIO_NBD),
+        ),
+    )
+
+
 TARGETS = (
     _more(
         "VM, null, 4k QD32, IOPS / qemu-storage-daemon's", 1.3, 1.8, ratio("vm", "null", _READ_WRITE_32, QSD)
@@ -172,39 +211,8 @@ TARGETS = (
         )
         for kind in ("null", "file")
     ),
-    _more(
-        "VM, remote, 4k QD32 randread, IOPS / kernel nbd's",
-        1.6,
-        1.9,
-        ratio("remote", "remote", ["4k randread QD32"], _NBD),
-    ),
-    _more(
-        "VM, remote, 4k QD32 randwrite, IOPS / kernel nbd's",
-        1.3,
-        1.6,
-        ratio("remote", "remote", ["4k randwrite QD32"], _NBD),
-    ),
-    _less(
-        "VM, remote, 4k QD1, mean latency / kernel nbd's",
-        1.2,
-        0.95,
-        ratio("remote", "remote", _QD1, _NBD, pick=_mean, more=False),
-    ),
-    _more(
-        "VM, remote, 128k sequential, IOPS / kernel nbd's", 1, 1.3, ratio("remote", "remote", _LARGE, _NBD)
-    ),
-    _less(
-        "VM, remote, 4k QD32, CPU of the client side per request / kernel nbd's",
-        0.8,
-        0.6,
-        ratio("remote", "remote", _READ_WRITE_32, _NBD, pick=_client_cpu, more=False),
-    ),
-    _more(
-        "VM, remote, 4k QD32, IOPS / fio's own nbd engine's, without a block device",
-        0.8,
-        0.95,
-        ratio("remote", "remote", _READ_WRITE_32, FIO_NBD),
-    ),
+    *_remote("remote", "remote, a network between"),
+    *_remote("loopback", "remote, on TCP loopback"),
     _less("idle volume, CPU", 0, 0, _scale("cpu_ms_per_s"), "ms/s"),
     _less("idle volume, private memory beyond the first", 6, 3, _scale("private_mib_beyond_first"), "MiB"),
     _less("attach to first request served, without the kernel's part", 150, 50, _first_io, "ms"),

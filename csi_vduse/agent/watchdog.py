@@ -5,13 +5,15 @@ A worker that is killed in time is replaced, and the kernel asks its successor: 
 
 Kept true: whoever is killed has had longer than a healthy worker can be busy (a drain, 5 s and a little for each
 queue), and what is left of msg_timeout is enough to start another one. He is asked twice: where the whole machine
-stood still, the first answer is late for both.
+stood still, the first answer is late for both. A worker that sleeps until something comes is well, and is not asked: an
+idle volume costs no processor time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 from typing import Final
 
 from csi_vduse import log
@@ -22,10 +24,23 @@ from csi_vduse.errors import DeadlineExceeded, VduseError
 PAUSE_S: Final = 3.0
 ANSWER_TIMEOUT_S: Final = 12.0
 SECOND_TIMEOUT_S: Final = 3.0
+# Where epoll_wait(2) sleeps (fs/eventpoll.c): which of them depends on what the compiler inlined.
+_WAITING: Final = frozenset({"do_epoll_wait", "ep_poll"})
+
+
+def is_waiting(pid: int) -> bool:
+    """Whether a process sleeps in its selector: nothing has come that it has not taken up (proc(5), /proc/PID/wchan).
+
+    False also where the kernel does not tell.
+    """
+    try:
+        return Path(f"/proc/{pid}/wchan").read_text() in _WAITING
+    except OSError:
+        return False
 
 
 class Watchdog:
-    """Asks every worker of these volumes, again and again, until closed."""
+    """Looks at every worker of these volumes, again and again, until closed."""
 
     def __init__(self, volumes: Attachments) -> None:
         self._volumes = volumes
@@ -43,6 +58,8 @@ class Watchdog:
             await asyncio.gather(*(self._ask(*item) for item in self._volumes.workers.items()))
 
     async def _ask(self, volume_id: str, worker: Worker) -> None:
+        if is_waiting(worker.pid):
+            return
         for timeout_s in (ANSWER_TIMEOUT_S, SECOND_TIMEOUT_S):
             try:
                 await worker.call({"op": "ping"}, timeout_s=timeout_s)

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -78,3 +80,28 @@ def test_a_worker_that_accepts_nobody_does_not_keep_the_agent_waiting(tmp_path: 
         waiting.enter_context(connect(path)[0])
         with pytest.raises(DeadlineExceeded, match="accepts no connections"):
             connect(path)
+
+
+_SLEEPER = """
+import selectors
+with selectors.DefaultSelector() as selector:
+    selector.register(0, selectors.EVENT_READ)
+    selector.select()
+while True:
+    pass
+"""
+
+
+async def test_only_a_process_that_sleeps_in_its_selector_is_taken_for_well():
+    with subprocess.Popen([sys.executable, "-c", _SLEEPER], stdin=subprocess.PIPE) as process:
+        pid = process.pid
+        await until(lambda: watchdog.is_waiting(pid))
+        process.send_signal(signal.SIGSTOP)
+        await until(lambda: not watchdog.is_waiting(pid))
+        process.send_signal(signal.SIGCONT)
+        await until(lambda: watchdog.is_waiting(pid))
+        assert process.stdin is not None
+        process.stdin.close()
+        await until(lambda: not watchdog.is_waiting(pid))
+        process.kill()
+    assert not watchdog.is_waiting(pid)
