@@ -8,11 +8,11 @@ RESULTS := $(or $(LAB_RESULTS),$(or $(CSI_VDUSE_CACHE),.cache)/results)
 STAMP := $(VENV)/.installed
 ENGINE := $(wildcard csi_vduse/dataplane/src/*.[ch] csi_vduse/dataplane/src/backends/*.c csi_vduse/dataplane/src/backends/*/*.[ch] csi_vduse/dataplane/decl/*.h)
 SHELL := /bin/sh
-IN_VM := $(BIN)/python -m lab run --timeout 2700 -- $(BIN)/python -m pytest -q -p no:cacheprovider
+IN_VM := $(BIN)/python -m lab run --timeout 3600 -- $(BIN)/python -m pytest -q -p no:cacheprovider
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-vm-remote test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-suite bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-suite bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,16 +75,9 @@ test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU gue
 test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/lab)
 
-# Remote volumes: not part of `make test` until all of them have passed.
-REMOTE := tests/vm/test_nbd.py tests/vm/test_storage_server.py
-
-test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity among it
+test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity and remote volumes among it
 	@tools/build_csi_sanity.sh
-	@$(call TIMED,$(IN_VM) tests/vm $(addprefix --ignore=,$(REMOTE)) -k 'not storage_server' --junitxml=$(RESULTS)/vm.xml)
-
-test-vm-remote: lab-deps ## NBD servers and the storage server, in the VM; not part of `make test` yet
-	@tools/build_csi_sanity.sh
-	@$(call TIMED,$(IN_VM) $(REMOTE) tests/vm/test_sanity.py -k 'nbd or storage_server' --junitxml=$(RESULTS)/vm-remote.xml)
+	@$(call TIMED,$(IN_VM) tests/vm --junitxml=$(RESULTS)/vm.xml)
 
 chaos-tools: lab-deps
 	@$(MAKE) --no-print-directory --silent -C tests/chaos
@@ -127,7 +120,7 @@ test-suite: cluster-deps ## Kubernetes' own storage tests on the cluster, starte
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh
 
-bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 40 minutes
+bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 50 minutes, then hours of pauses
 	@$(call TIMED,$(BIN)/python -m bench)
 
 bench-quick: bench-deps ## proves that all of the benchmarks run; their figures are void

@@ -24,7 +24,7 @@ from lab.tap import Nic
 
 VM_PARTS = ("vm", "remote", "loopback", "scale", "pause")
 EVENTS, QUICK_EVENTS = 100, 2
-_PART_S = 2400.0
+_PART_S, _PAUSE_S = 2400.0, 6 * 3600.0
 
 
 def main() -> int:
@@ -84,7 +84,9 @@ def _in_a_machine(part: str, options: argparse.Namespace) -> None:
     with ExitStack() as up:
         nic = up.enter_context(_storage_machine()) if part == "remote" else None
         machine = up.enter_context(Machine(options.name, nic=nic))
-        code = machine.stream(argv, timeout_s=_PART_S, env={"LAB_HOST_LOAD": busy})
+        code = machine.stream(
+            argv, timeout_s=_PAUSE_S if part == "pause" else _PART_S, env={"LAB_HOST_LOAD": busy}
+        )
     if code:
         raise RuntimeError(f"`{shlex.join(argv)}` ended with {code} in the machine")
 
