@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 3600 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-suite bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -112,6 +112,10 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
+
+test-cluster: cluster-deps ## a volume's life with assertions, on a cluster of its own: 20 minutes, 30 with an empty cache
+	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e -k life --junitxml=$(RESULTS)/cluster.xml; \
+		passed=$$?; $(BIN)/python -m lab.cluster down; test $$passed = 0)
 
 FOCUS ?=
 test-suite: cluster-deps ## Kubernetes' own storage tests on the cluster, started if need be: hours; FOCUS=REGEX for some
