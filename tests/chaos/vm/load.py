@@ -48,15 +48,21 @@ class Volume:
     target: Path
 
 
-def attach_request(volume_id: str, image: Path, shape: Shape) -> agent_pb2.AttachRequest:
+def attach_request(
+    volume_id: str, backend: agent_pb2.Backend, shape: Shape, size_bytes: int = VOLUME_BYTES
+) -> agent_pb2.AttachRequest:
     return agent_pb2.AttachRequest(
         volume_id=volume_id,
-        backend=agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(image))),
-        capacity_bytes=image.stat().st_size,
+        backend=backend,
+        capacity_bytes=size_bytes,
         bus=agent_pb2.BUS_VIRTIO_VDPA,
         queues=shape.queues,
         packed=shape.packed,
     )
+
+
+def file_backend(image: Path) -> agent_pb2.Backend:
+    return agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(image)))
 
 
 def make_image(path: Path, size_bytes: int = VOLUME_BYTES) -> Path:
@@ -93,7 +99,7 @@ def attach(
     agent: RunningAgent, folder: Path, volume_id: str, shape: Shape, image: Path | None = None
 ) -> Volume:
     image = image or make_image(folder / f"{volume_id}.raw")
-    request = attach_request(volume_id, image, shape)
+    request = attach_request(volume_id, file_backend(image), shape, image.stat().st_size)
     disk = Path(agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path)
     if not shape.ext4:
         return Volume(volume_id, shape, image, disk, disk)

@@ -18,6 +18,7 @@ from tests.chaos.vm.load import (
     attach,
     attach_request,
     attached,
+    file_backend,
     give_back,
     make_image,
     one_attached,
@@ -89,9 +90,9 @@ def test_agent_killed_in_an_operation_leaves_no_half_of_it(
     """Another volume is under load meanwhile; the caller tries again, as kubelet does, and gets what it asked for."""
     shape = dice.choice([shape for shape in SHAPES if not shape.ext4])
     image = make_image(folder / "subject.raw", 16 * MIB)
-    attach_it = attach_request("subject", image, shape)
-    detach_it = agent_pb2.DetachRequest(volume_id="subject")
     size = image.stat().st_size
+    attach_it = attach_request("subject", file_backend(image), shape, size)
+    detach_it = agent_pb2.DetachRequest(volume_id="subject")
     with (
         one_attached(shared, folder, "bystander", Shape(1, dice.random() < 0.5, ext4=True)) as bystander,
         under_load([bystander], folder, dice.randrange(1 << 30)) as load,

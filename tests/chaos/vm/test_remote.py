@@ -13,7 +13,7 @@ import pytest
 from csi_vduse.proto import agent_pb2
 from tests.chaos.effort import Effort
 from tests.chaos.vm import events
-from tests.chaos.vm.load import VOLUME_BYTES, Shape, Volume, make_image, under_load
+from tests.chaos.vm.load import VOLUME_BYTES, Shape, Volume, attach_request, make_image, under_load
 from tests.vm import nbd_servers
 from tests.vm.conftest import CALL_TIMEOUT_S, RunningAgent, wait_until
 from tests.vm.exports import tool
@@ -29,16 +29,9 @@ OURS, THEIRS = "192.0.2.1", "192.0.2.2"
 def remote_volume(agent: RunningAgent, server: NbdServer, *, write_through: bool = False) -> Iterator[Volume]:
     """A volume on this server's export, attached; detached in the end, whatever happened."""
     volume_id = "chaos-remote"
-    request = agent_pb2.AttachRequest(
-        volume_id=volume_id,
-        backend=agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=server.uri, write_through=write_through)),
-        capacity_bytes=VOLUME_BYTES,
-        bus=agent_pb2.BUS_VIRTIO_VDPA,
-        queues=SHAPE.queues,
-        packed=SHAPE.packed,
-    )
+    backend = agent_pb2.Backend(nbd=agent_pb2.NbdBackend(uri=server.uri, write_through=write_through))
     try:
-        disk = Path(agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path)
+        disk = Path(agent.stub.Attach(attach_request(volume_id, backend, SHAPE), timeout=CALL_TIMEOUT_S).path)
         yield Volume(volume_id, SHAPE, disk, disk, disk)
     finally:
         agent.stub.Detach(agent_pb2.DetachRequest(volume_id=volume_id), timeout=CALL_TIMEOUT_S)
