@@ -36,13 +36,13 @@ lab-deps: install
 demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
 	@$(call TIMED,$(BIN)/python -m lab run --timeout 900 -- $(BIN)/python -m lab.demo)
 
-test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite, chaos
+test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite, chaos, a cluster
 	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-helm && \
 		$(MAKE) --no-print-directory test-sanity && \
 		$(MAKE) --no-print-directory test-ring && \
 		$(MAKE) --no-print-directory test-fuzz && \
 		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm && \
-		$(MAKE) --no-print-directory test-chaos)
+		$(MAKE) --no-print-directory test-chaos && $(MAKE) --no-print-directory test-cluster)
 
 test-unit: install ## unit tests: seconds, no kernel
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/unit)
