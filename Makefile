@@ -113,7 +113,7 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
 
-test-cluster: cluster-deps ## a volume's life with assertions, on a cluster of its own: 20 minutes, 30 with an empty cache
+test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that is started, and ended: 15 minutes
 	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e -k life --junitxml=$(RESULTS)/cluster.xml; \
 		passed=$$?; $(BIN)/python -m lab.cluster down; test $$passed = 0)
 

@@ -41,6 +41,9 @@ _UNWANTED_MODULES = (
     "psmouse",
 )
 
+# Keepers that outlive us: a Popen that is forgotten while its process runs is a ResourceWarning.
+_let_go: list[subprocess.Popen[bytes]] = []
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -84,6 +87,7 @@ class Qemu:
         if self._keeper is not None and self._keeper.stdin is not None:
             self._keeper.stdin.write(b"k")
             self._keeper.stdin.close()
+            _let_go.append(self._keeper)
 
 
 def start(
