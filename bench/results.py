@@ -29,7 +29,7 @@ FIO_NBD = "fio's nbd engine"
 class Run:
     """One job on one server, once. CPU is in microseconds of one CPU per completed request.
 
-    kind: what the server stores into, "null" or "file"; cpu_us: the whole machine's, without idling;
+    kind: what the server stores into, "null", "file" or "remote"; cpu_us: the whole machine's, without idling;
     server_cpu_us: of the server's processes, None for a server inside the kernel or on another machine;
     switches: context switches of the whole machine per request, None where that was not looked at.
     """

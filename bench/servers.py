@@ -36,7 +36,7 @@ class BenchError(Exception):
 class Server:
     """Somebody who serves a block device.
 
-    kind: "null" or "file"; start: given the number of queues; in_targets: whether a target of ours is about
+    kind: "null", "file" or "remote"; start: given the number of queues; in_targets: whether a target of ours is about
     it, so that it is measured often; max_queues: more than that it does not have.
     """
 

@@ -13,7 +13,7 @@ from lab.paths import CHECKOUT
 
 _VALUES = CHECKOUT / "lab" / "demo_kubernetes" / "values-remote.yaml"
 _OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
-_STEP_S = 10
+_WATCH_S = 10
 # Run in the pod: writes for as long as it can, in the background.
 _WRITE_ON = "(while :; do echo line >>/data/lines; sync; done) >/dev/null 2>&1 &"
 # Run in the agent's container of a node: asks for an export as a worker does.
@@ -78,15 +78,15 @@ def cut_off(shown: Shown) -> None:
     story.step("The first node is cut off from the control plane, and its pod writes on")
     pod, _ = _pod(shown)
     kubectl.sh(pod, _WRITE_ON)
-    first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
+    first = _machine(shown, 1)
     first.cut_off()
     _out_of_service(shown)
     second = _moved(shown, "node-2")
     lines = _lines(shown, second)
-    asked, waiting = _writes(first)
-    time.sleep(_STEP_S)
+    ended, waiting = _writes(first)
+    time.sleep(_WATCH_S)
     story.check(first.run("pgrep", "-f", "/data/lines").stdout != "", "the old pod's writer lives on node-1")
-    story.check(_writes(first) == (asked, waiting) and waiting > 0, f"its {waiting} writes wait, none ends")
+    story.check(_writes(first) == (ended, waiting) and waiting > 0, f"its {waiting} writes wait, none ends")
     story.check(
         lines == _lines(shown, second) != "0", f"the new pod has {lines} lines of it, and no more come"
     )
@@ -105,7 +105,7 @@ def lose(shown: Shown) -> None:
     story.step("The first node loses its power")
     (attached,) = kubectl.objects("volumeattachments")
     told = attached["status"]["attachmentMetadata"]
-    first = NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[0])
+    first = _machine(shown, 1)
     off = first.power_off()
     _out_of_service(shown)
     pod = _moved(shown, "node-2")
@@ -178,9 +178,14 @@ def _in_service(shown: Shown) -> None:
     helm.wait(shown.cluster)
 
 
+def _machine(shown: Shown, number: int) -> NodeMachine:
+    layout = shown.cluster.layout
+    return NodeMachine(layout, layout.nodes[number - 1])
+
+
 def _lines(shown: Shown, pod: str) -> str:
     """How many lines the first pod has written, read from the disk and not from the second node's memory."""
-    NodeMachine(shown.cluster.layout, shown.cluster.layout.nodes[1]).run("sysctl", "-q", "vm.drop_caches=3")
+    _machine(shown, 2).run("sysctl", "-q", "vm.drop_caches=3")
     return shown.kubectl.sh(pod, "wc -l </data/lines")
 
 
