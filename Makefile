@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 3600 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -120,6 +120,10 @@ test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that
 FOCUS ?=
 test-suite: cluster-deps ## Kubernetes' own storage tests on the cluster, started if need be: hours; FOCUS=REGEX for some
 	@$(call TIMED,$(BIN)/python -m lab.storage_suite --focus '$(FOCUS)')
+
+dashboard: cluster-deps ## a picture for the docs: the Grafana dashboard of the cluster, started if need be; needs Node.js 20
+	@lab/install-cluster-deps.sh prometheus chromium
+	@$(call TIMED,$(BIN)/python -m lab.dashboard)
 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Installs the Debian packages that the cluster lab needs besides those of the laboratory, and says which.
+# Installs the Debian packages that the cluster lab needs besides those of the laboratory, and those that are named as
+# arguments, and says which.
 # Idempotent, and quick when everything is there. No service is started by it. Go is not among them: see docs/cluster-lab.md.
 set -eu
 
-packages="containerd runc containernetworking-plugins buildah debootstrap busybox-static iproute2 git"
+packages="containerd runc containernetworking-plugins buildah debootstrap busybox-static iproute2 git $*"
 missing=
 for package in $packages; do
     dpkg-query -W -f '${db:Status-Abbrev}\n' "$package" 2>/dev/null | grep -q '^ii' || missing="$missing $package"
