@@ -97,7 +97,10 @@ class LocalMachine:
     ) -> int:
         """As `Machine.stream`; the command has our terminal when we have one."""
         if terminal:
-            return subprocess.call(argv, cwd=cwd)
+            try:
+                return subprocess.call(argv, cwd=cwd, env=environment(env), timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise _killed(argv, error.timeout) from error
         process = self._start(argv, cwd, env, None)
         _communicate(process, argv, timeout_s, None)
         return process.returncode
@@ -129,6 +132,10 @@ def _communicate(
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise CommandTimeout(f"`{shlex.join(argv)}` was killed after {timeout_s:g} s") from error
+            raise _killed(argv, error.timeout) from error
         raise
     return out or "", err or ""
+
+
+def _killed(argv: Sequence[str], timeout_s: float) -> CommandTimeout:
+    return CommandTimeout(f"`{shlex.join(argv)}` was killed after {timeout_s:g} s")

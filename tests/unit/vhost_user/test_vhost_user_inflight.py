@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.dataplane.vhost_user.protocol import Request
-from tests.unit.test_vhost_user_session import Running, reads_a_sector, running
+from tests.unit.vhost_user.sessions import Running, reads_a_sector
 from tests.vhost_user.frontend import SIZE, Frontend, state
 
-__all__ = ["running"]  # the fixture
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 PART = 320  # of one queue: a head and an entry for each descriptor, 16 bytes each, in whole 64 bytes
 
