@@ -35,8 +35,27 @@ POOL_TOTAL_BYTES = Gauge("csi_vduse_pool_size_bytes", "What a pool of this node 
 POOL_AVAILABLE_BYTES = Gauge(
     "csi_vduse_pool_available_bytes", "What may still be promised in a pool of this node", ["pool"]
 )
-REGISTERED = Gauge("csi_vduse_registered", "1 if kubelet has registered the driver on this node")
-LEADING = Gauge("csi_vduse_leading", "1 if this controller leads")
+
+
+class Flag:
+    """A gauge of 0 or 1 that a process has from when it first sets it.
+
+    All of the driver's processes share this module, and an alert must not take the 0 of one that has nothing to say.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self._describe = name, text
+        self._gauge: Gauge | None = None
+
+    def set(self, on: bool) -> None:  # noqa: FBT001 -- reads as a sentence
+        """Say 1 or 0."""
+        if self._gauge is None:
+            self._gauge = Gauge(*self._describe)
+        self._gauge.set(on)
+
+
+REGISTERED = Flag("csi_vduse_registered", "1 if kubelet has registered the driver on this node")
+LEADING = Flag("csi_vduse_leading", "1 if this controller leads")
 
 
 class Operation(Protocol):
@@ -195,7 +214,7 @@ class Volume(Protocol):
         """Of a backend behind a network."""
 
 
-# Counters of every worker, and how many attachments are in each state.
+# Counters of every worker, and how many attachments are in each state, 0 included.
 Read = Callable[[], tuple[Iterable[Volume], dict[str, int]]]
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +33,7 @@ __all__ = [
     "RemoteStats",
     "State",
     "VolumeStats",
+    "count_states",
     "device_name",
 ]
 
@@ -50,6 +53,12 @@ class State(StrEnum):
     WORKER_DEAD = "worker_dead"  # I/O waits; another one is being started
     STALLED = "stalled"  # the same, and starting one has not helped for long, or cannot help
     BROKEN = "broken"
+
+
+def count_states(states: Iterable[State]) -> dict[str, int]:
+    """How many attachments are in each state; those without any too, for whoever watches them."""
+    found = Counter(states)
+    return {state.value: found[state] for state in State}
 
 
 def device_name(volume_id: str) -> str:

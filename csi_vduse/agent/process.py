@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from csi_vduse.agent.agent import Agent
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.client import AgentClient
 from csi_vduse.agent.kernel import VduseKernel
-from csi_vduse.agent.model import VolumeStats, device_name
+from csi_vduse.agent.model import VolumeStats, count_states, device_name
 from csi_vduse.agent.server import start_server
 from csi_vduse.agent.store import Store
 from csi_vduse.agent.takeover import hand_over_workers, only_agent
@@ -153,7 +152,7 @@ def _serve_metrics(address: str, agent: Agent) -> Callable[[], None]:
 
     def read() -> tuple[list[VolumeStats], dict[str, int]]:
         future = asyncio.run_coroutine_threadsafe(agent.stats(), loop)
-        states = Counter(attachment.state.value for attachment in agent.attachments())
-        return future.result(_SCRAPE_TIMEOUT_S), dict(states)
+        states = count_states(attachment.state for attachment in agent.attachments())
+        return future.result(_SCRAPE_TIMEOUT_S), states
 
     return metrics.serve(address, read)

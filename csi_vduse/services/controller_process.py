@@ -91,6 +91,7 @@ async def serving(config: ControllerConfig, api: ApiServer) -> AsyncIterator[Mir
     house = Housekeeping(api=api, kept={VOLUMES: mirrors.volumes, SNAPSHOTS: mirrors.snapshots})
     election = Election(api, namespace=config.lease_namespace, name=_LEASE, identity=config.identity)
     checks: dict[str, Callable[[], str]] = {"kubernetes": mirrors.problem}
+    metrics.LEADING.set(False)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(http.serving(config.http_address, checks))
         stack.callback(pools.close)

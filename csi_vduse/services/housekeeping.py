@@ -36,7 +36,7 @@ class Housekeeping:
 
     async def run(self) -> None:
         """Keep house until cancelled."""
-        metrics.LEADING.set(1)
+        metrics.LEADING.set(True)
         try:
             while True:
                 self._wake.clear()
@@ -46,7 +46,7 @@ class Housekeeping:
                             await self._look(resource, found)
                 await pause(_PERIOD_S, self._wake)
         finally:
-            metrics.LEADING.set(0)
+            metrics.LEADING.set(False)
 
     async def _look(self, resource: Resource, found: Object) -> None:
         try:

@@ -8,14 +8,13 @@ Kubernetes API but the last. At the end the registration goes first.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol
 
 from csi_vduse import DRIVER_NAME, log, metrics
-from csi_vduse.agent.model import Probe, VolumeStats
+from csi_vduse.agent.model import Probe, VolumeStats, count_states
 from csi_vduse.backends.pools import Pools, open_pools
 from csi_vduse.config import NodeConfig
 from csi_vduse.errors import VduseError
@@ -91,6 +90,7 @@ async def serving(
         "agent": lambda: fitness.problem,
         "kubelet": lambda: registration.problem,
     }
+    metrics.REGISTERED.set(False)
     async with AsyncExitStack() as stack:
         stack.callback(pools.close)
         await stack.enter_async_context(http.serving(config.http_address, checks))
@@ -173,12 +173,12 @@ async def _register(config: NodeConfig, registration: Registration, agent: Agent
         await asyncio.Event().wait()
     finally:
         config.registration.unlink(missing_ok=True)
-        metrics.REGISTERED.set(0)
+        metrics.REGISTERED.set(False)
         await server.stop(0)
 
 
 async def _registered(config: NodeConfig, api: ApiServer) -> None:
-    metrics.REGISTERED.set(1)
+    metrics.REGISTERED.set(True)
     if config.startup_taint:
         task = asyncio.create_task(_untaint(config, api))
         _UNTAINTING.add(task)
@@ -204,7 +204,7 @@ def _reader(agent: Agent) -> metrics.Read:
 
     async def ask() -> tuple[list[VolumeStats], dict[str, int]]:
         stats, attachments = await asyncio.gather(agent.stats(), agent.list())
-        return stats, dict(Counter(attachment.state.value for attachment in attachments))
+        return stats, count_states(attachment.state for attachment in attachments)
 
     def read() -> tuple[list[VolumeStats], dict[str, int]]:
         return asyncio.run_coroutine_threadsafe(ask(), loop).result(_SCRAPE_TIMEOUT_S)

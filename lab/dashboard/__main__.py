@@ -1,7 +1,7 @@
 """Draws the chart's dashboard from the metrics of a running cluster: `python -m lab.dashboard`, or `make dashboard`.
 
 Two pods write and verify while Prometheus scrapes what the chart's PodMonitor names. What is kept true: every panel of
-the dashboard has something to show; otherwise it ends with 1.
+the dashboard has something to show and none of the chart's alerts is raised; otherwise it ends with 1.
 """
 
 import argparse
@@ -34,9 +34,12 @@ def main() -> int:
     try:
         shown.cluster.ensure_up()
         life.install(shown)
-        with prometheus.scraping(shown.cluster.layout) as address:
+        with prometheus.scraping(shown.cluster.layout, shown.driver.objects("pods")) as address:
             faults.begin(shown)
             _draw(shown, address, options.seconds, options.picture)
+            alerts = prometheus.alerts(shown.cluster.layout)
+            shown.story.seen(alerts)
+            shown.story.check(not alerts, "no alert of the chart is pending or firing")
             faults.end(shown)
     except (ClaimFailed, LabError) as error:
         print(f"\ndashboard: FAILED: {error}", flush=True)

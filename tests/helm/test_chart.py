@@ -20,7 +20,6 @@ from csi_vduse.cli.main import main
 from csi_vduse.kube.resources import NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.volumes import kubernetes_objects as objects
 from csi_vduse.volumes.model import State
-from lab.cluster.layout import Layout
 from lab.dashboard import prometheus
 from tests.unit.volumes.test_registry_directory import a_snapshot, a_volume
 
@@ -346,9 +345,6 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist(file):
 
 def test_the_lab_scrapes_what_the_pod_monitor_names(everything):
     (monitor,) = of_kind(everything, "PodMonitor").values()
-    scrape = json.loads(prometheus.config(Layout()))["scrape_configs"][0]
-    components, ports = (each["regex"] for each in scrape["relabel_configs"] if "regex" in each)
-    (wanted,) = monitor["spec"]["selector"]["matchExpressions"]
-    assert set(components.split("|")) == set(wanted["values"])
-    for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-        assert re.fullmatch(ports, endpoint["port"])
+    (components,) = monitor["spec"]["selector"]["matchExpressions"]
+    assert set(components["values"]) == set(prometheus.COMPONENTS)
+    assert all(prometheus.PORTS.fullmatch(each["port"]) for each in monitor["spec"]["podMetricsEndpoints"])

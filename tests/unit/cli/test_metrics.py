@@ -8,9 +8,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
 from csi_vduse import metrics
-from csi_vduse.agent.model import OperationStats, RemoteStats, VolumeStats
+from csi_vduse.agent.model import OperationStats, RemoteStats, State, VolumeStats, count_states
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 # Half a microsecond, 8 us, and 16 to 18 us.
@@ -119,6 +120,21 @@ def test_the_documentation_lists_every_metric(page: str):
     served = {name for name in served if not name.endswith("_created")}
     assert served
     assert not {name for name in served if f"`{name}" not in documented}
+
+
+def test_a_flag_is_served_from_when_it_was_set():
+    flag = metrics.Flag("csi_vduse_of_this_test", "no text")
+    assert "csi_vduse_of_this_test" not in generate_latest().decode()
+    flag.set(False)
+    assert value(generate_latest().decode(), "csi_vduse_of_this_test") == 0
+    flag.set(True)
+    assert value(generate_latest().decode(), "csi_vduse_of_this_test") == 1
+
+
+def test_states_that_no_volume_is_in_are_counted_too():
+    counted = count_states([State.ATTACHED, State.ATTACHED])
+    assert counted[State.ATTACHED] == 2
+    assert {counted[state] for state in State if state is not State.ATTACHED} == {0}
 
 
 def test_a_scrape_without_an_agent_still_has_the_rest(port: int):
