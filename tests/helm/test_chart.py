@@ -348,3 +348,12 @@ def test_the_lab_scrapes_what_the_pod_monitor_names(everything):
     (components,) = monitor["spec"]["selector"]["matchExpressions"]
     assert set(components["values"]) == set(prometheus.COMPONENTS)
     assert all(prometheus.PORTS.fullmatch(each["port"]) for each in monitor["spec"]["podMetricsEndpoints"])
+
+
+def test_every_alert_has_a_runbook_that_exists():
+    titles = re.findall(r"^## (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+    for group in yaml.safe_load((CHART / "alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            file, _, anchor = rule["annotations"]["runbook"].partition("#")
+            assert (file, anchor in anchors) == ("docs/troubleshooting.md", True), rule["alert"]
