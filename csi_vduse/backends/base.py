@@ -139,6 +139,10 @@ class Backend(Protocol):
         """Return the ids of published volumes and of their nodes."""
         ...
 
+    async def nodes_of(self, volume_id: str) -> tuple[str, ...]:
+        """Return the nodes that a volume is published to."""
+        ...
+
     def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return what the agent needs to serve the volume, after `publish` returned publish_context."""
         ...

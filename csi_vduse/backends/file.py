@@ -164,6 +164,11 @@ class FilePool:
         """Nothing is remembered."""
         return {}
 
+    async def nodes_of(self, volume_id: str) -> tuple[str, ...]:
+        """Nothing is remembered."""
+        del volume_id
+        return ()
+
     def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the image's path."""
         del publish_context

@@ -156,9 +156,8 @@ class Controller(csi_pb2_grpc.ControllerServicer):
         """Return one volume and whether its image is whole."""
         volume_id = validation.object_id(request.volume_id, "volume_id")
         volume = await self._provisioner.ready_volume(volume_id)
-        published = await self._publisher.published()
         status = csi_pb2.ControllerGetVolumeResponse.VolumeStatus(
-            published_node_ids=published.get(volume.id, ())
+            published_node_ids=await self._publisher.nodes_of(volume)
         )
         problem = await self._places.problem(volume)
         with_volume_condition(status, abnormal=bool(problem), message=problem or _HEALTHY)

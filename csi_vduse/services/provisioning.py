@@ -139,7 +139,7 @@ class Provisioner:
                     f"volume {volume_id!r} is in use: device {attachment.device_name} is attached",
                     hint="unpublish and unstage it first",
                 )
-        nodes = (await self._pools.holding(volume.pool).published()).get(volume_id, ())
+        nodes = await self._pools.holding(volume.pool).nodes_of(volume_id)
         if nodes:
             raise FailedPrecondition(
                 f"volume {volume_id!r} is published at {', '.join(nodes)}", hint="unpublish it first"

@@ -15,7 +15,7 @@ from csi_vduse.dataplane import nbd_uri
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_vduse.services.validation import PublishVolume
 from csi_vduse.vdpa.model import Bus
-from csi_vduse.volumes.model import State
+from csi_vduse.volumes.model import State, Volume
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
 from csi_vduse.volumes.registry import Registry
 
@@ -57,6 +57,10 @@ class Publishing(Protocol):
 
     async def published(self) -> dict[str, tuple[str, ...]]:
         """Return the ids of published volumes and of their nodes."""
+        ...
+
+    async def nodes_of(self, volume: Volume) -> tuple[str, ...]:
+        """Return the nodes of one volume, whatever storage other volumes are on."""
         ...
 
 
@@ -147,3 +151,13 @@ class Publisher:
         for backend in self._pools:
             found.update(await backend.published())
         return found
+
+    async def nodes_of(self, volume: Volume) -> tuple[str, ...]:
+        """Return the nodes of one volume, whatever storage other volumes are on.
+
+        Raises:
+            Unavailable: its storage server is away.
+        """
+        if volume.node:
+            return (volume.node,)
+        return await self._pools.holding(volume.pool).nodes_of(volume.id)

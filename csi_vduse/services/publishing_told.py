@@ -12,6 +12,7 @@ from csi_vduse.errors import NotFound
 from csi_vduse.kube.resources import VOLUMES, Object
 from csi_vduse.services.publishing import Publisher
 from csi_vduse.services.validation import PublishVolume
+from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 
 
@@ -35,8 +36,9 @@ class ToldPublisher:
     async def publish(self, request: PublishVolume) -> dict[str, str]:
         """Let a node use a volume; return what it must be told."""
         told = await self._publisher.publish(request)
-        if told:
-            await self._tell(request.volume_id)
+        volume = await self._registry.get_volume(request.volume_id) if told else None
+        if volume is not None:  # an export that was made beforehand has no object
+            await self._tell(volume)
         return told
 
     async def unpublish(self, volume_id: str, node_id: str) -> None:
@@ -44,18 +46,22 @@ class ToldPublisher:
         await self._publisher.unpublish(volume_id, node_id)
         volume = await self._registry.get_volume(volume_id)
         if volume is not None and not volume.node:
-            await self._tell(volume_id)
+            await self._tell(volume)
 
     async def published(self) -> dict[str, tuple[str, ...]]:
         """Return the ids of published volumes and of their nodes."""
         return await self._publisher.published()
 
-    async def _tell(self, volume_id: str) -> None:
-        nodes = (await self._publisher.published()).get(volume_id, ())
+    async def nodes_of(self, volume: Volume) -> tuple[str, ...]:
+        """Return the nodes of one volume."""
+        return await self._publisher.nodes_of(volume)
+
+    async def _tell(self, volume: Volume) -> None:
+        nodes = await self._publisher.nodes_of(volume)
         attachment = {"node": ", ".join(nodes), "state": "published"} if nodes else None
 
         def status(now: Object) -> Object:
             return {**now.get("status", {}), "attachment": attachment}
 
-        with suppress(NotFound):  # an export that was made beforehand has no object
-            await self._registry.update_status(VOLUMES, volume_id, status)
+        with suppress(NotFound):  # deleted meanwhile
+            await self._registry.update_status(VOLUMES, volume.id, status)

@@ -117,9 +117,9 @@ class StorageClient:
             return None
         return ImageInfo(answer.size_bytes, answer.allocated_bytes, answer.problem)
 
-    async def publications(self) -> dict[str, tuple[str, ...]]:
-        """Return where each published volume is."""
-        request = storage_pb2.ListPublicationsRequest()
+    async def publications(self, volume_id: str = "") -> dict[str, tuple[str, ...]]:
+        """Return where each published volume is, or this one alone."""
+        request = storage_pb2.ListPublicationsRequest(volume_id=volume_id)
         answer = await self._call(self._stub.ListPublications(request, timeout=self._ask_timeout_s))
         return {one.volume_id: tuple(one.node_ids) for one in answer.volumes}
 

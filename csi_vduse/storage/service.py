@@ -129,7 +129,6 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         self, request: storage_pb2.ListPublicationsRequest, context: Context
     ) -> storage_pb2.ListPublicationsResponse:
         """See storage.proto."""
-        del request
         volumes = await self._carry("ListPublications", "", context, self._server.volumes())
         return storage_pb2.ListPublicationsResponse(
             volumes=[
@@ -137,7 +136,7 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
                     volume_id=image.key.id, node_ids=[one.node_id for one in image.publications]
                 )
                 for image in volumes
-                if image.publications
+                if image.publications and request.volume_id in {"", image.key.id}
             ]
         )
 

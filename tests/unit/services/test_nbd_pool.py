@@ -124,6 +124,22 @@ async def test_unpublish_without_a_node_takes_the_volume_from_all(server, stack)
     await unpublish(stack, csi_pb2.Volume(volume_id="vol-0000000000000000"))
 
 
+async def test_a_server_that_is_away_is_not_asked_about_volumes_of_another(server, config, tmp_path):
+    here = NbdPool("remote", parse_location(str(config.control)), memory=tmp_path / "state/pools/remote.json")
+    away = NbdPool(
+        "away", parse_location(f"unix:{tmp_path}/none.sock"), memory=tmp_path / "state/pools/away.json"
+    )
+    stack = Stack(tmp_path, pool_names=(), more=(here, away))
+    volume = await stack.create(parameters={"pool": "remote"})
+    await publish(stack, volume)
+    request = csi_pb2.ControllerGetVolumeRequest(volume_id=volume.volume_id)
+    answer = await stack.controller.ControllerGetVolume(request, None)
+    assert list(answer.status.published_node_ids) == [NODE]
+    await unpublish(stack, volume)
+    await stack.delete(volume.volume_id)
+    stack.close()
+
+
 async def test_many_writers_are_two_nodes_with_a_raw_disk(server, stack):
     shared = block(Mode.MULTI_NODE_MULTI_WRITER)
     volume = await stack.create(capabilities=(shared,))
