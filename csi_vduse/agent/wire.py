@@ -277,16 +277,21 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> VduseError:
     name, hint = _text(metadata.get(ERROR_KEY)), _text(metadata.get(HINT_KEY))
     message = error.details() or error.code().name
     kind = getattr(errors, name, None) if name else None
-    if not (isinstance(kind, type) and issubclass(kind, VduseError)) or kind is errors.CommandFailed:
+    if not (isinstance(kind, type) and issubclass(kind, VduseError) and _is_plain(kind)):
         kind = _class_of(error.code())
     return kind(message, hint=hint)
 
 
 def _class_of(code: grpc.StatusCode) -> type[VduseError]:
     for kind in VduseError.__subclasses__():
-        if kind.grpc_code == code.name:
+        if kind.grpc_code == code.name and _is_plain(kind):
             return kind
     return VduseError
+
+
+def _is_plain(kind: type[VduseError]) -> bool:
+    """Whether it is made of a message and a hint, as all but CommandFailed are."""
+    return kind.__init__ is VduseError.__init__
 
 
 def _text(value: str | bytes | None) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from csi_vduse import DRIVER_NAME, __version__
+from csi_vduse.backends import nbd
 from csi_vduse.kube.resources import Object, is_going, name_of
 from csi_vduse.volumes import kubernetes_objects as objects
 
@@ -112,11 +113,13 @@ def _why(node: str, known: set[str]) -> str:
 
 def _persistent_volumes(cluster: Cluster) -> Iterator[Finding]:
     """Find volumes that one side knows of and the other does not."""
-    handles = {
-        volume["spec"]["csi"]["volumeHandle"]: name_of(volume)
+    ours = [
+        volume
         for volume in cluster.persistent_volumes
         if volume["spec"].get("csi", {}).get("driver") == DRIVER_NAME
-    }
+        and nbd.URI not in volume["spec"]["csi"].get("volumeAttributes", {})  # an export made beforehand
+    ]
+    handles = {volume["spec"]["csi"]["volumeHandle"]: name_of(volume) for volume in ours}
     ids = {name_of(found) for found in cluster.volumes}
     for handle, name in handles.items():
         if handle not in ids:

@@ -1,6 +1,7 @@
 """The block layer of one running qemu-storage-daemon: images opened, exported, resized, copied.
 
-One object for each QMP connection; it remembers what was done over it.
+One object for each QMP connection; it remembers what was done over it. A command that was given up may be done all the
+same, later: what it was about is asked for before it is touched again.
 
 Facts this rests on (QEMU 7.2, qapi/block-export.json and block-core.json; tests/unit/storage shows them):
 - `block-export-del` mode hard cuts the clients off at once; the export stays listed as shutting down until
@@ -59,11 +60,15 @@ class Block:
         qmp: the connection.
         nodes: open nodes by name.
         exports: ids of exports that are open.
+        unsure: names of nodes and exports that a command was given up about.
+        lost_copies: jobs, which have their target's name, that nobody waits for any more and that may run.
     """
 
     qmp: Qmp
     nodes: set[str] = field(default_factory=set)
     exports: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
+    lost_copies: set[str] = field(default_factory=set)
 
     async def observe(self) -> Seen:
         """Ask the daemon what it has."""
@@ -85,6 +90,7 @@ class Block:
             DataLoss: there is no such file, or it is not an image of this format.
             Unavailable: the file is locked by another process, or the daemon is away.
         """
+        await self._make_sure(node)
         if node in self.nodes:
             return
         failure: QmpRefused | None = None
@@ -105,6 +111,9 @@ class Block:
                 failure = error
                 if not any(text in error.message for text in _CANNOT):
                     break
+            except Unavailable:
+                self.unsure.add(node)
+                raise
             else:
                 self.nodes.add(node)
                 return
@@ -117,6 +126,12 @@ class Block:
 
     async def close(self, node: str) -> None:
         """Close a node; fine if it is not open."""
+        await self._make_sure(node)
+        for job in sorted(self.lost_copies):
+            await self.end_job(job)  # it may hold the node
+            self.lost_copies.discard(job)
+            if job != node:
+                await self.close(job)  # its target
         if node not in self.nodes:
             return
         try:
@@ -140,6 +155,7 @@ class Block:
 
     async def add_export(self, export: str, node: str, *, read_only: bool) -> None:
         """Export a node under a name, which is the export's id too; fine if it is."""
+        await self._make_sure(export)
         if export in self.exports:
             return
         arguments = {
@@ -149,7 +165,11 @@ class Block:
             "node-name": node,
             "writable": not read_only,
         }
-        await self.qmp.execute("block-export-add", arguments)
+        try:
+            await self.qmp.execute("block-export-add", arguments)
+        except Unavailable:
+            self.unsure.add(export)
+            raise
         self.exports.add(export)
 
     async def remove_export(self, export: str) -> None:
@@ -205,23 +225,44 @@ class Block:
                 "on-source-error": "report",
                 "on-target-error": "report",
             }
-            await self.qmp.execute("blockdev-mirror", arguments)
-            late = not await self.qmp.wait_for(
-                changes, is_in("ready", "concluded"), until_s - time.monotonic()
-            )
-            if late or statuses[-1] == "ready":
-                await self.qmp.execute("block-job-cancel", {"device": job, "force": late})
-                if not await self.qmp.wait_for(changes, is_in("concluded"), _CANCEL_TIMEOUT_S):
-                    raise Unavailable(f"the copy of {source} does not end", hint="look at the server's disks")
-            jobs = await self.qmp.execute("query-jobs")
-            failure = next((str(one.get("error", "")) for one in jobs if one["id"] == job), "")
-            await self.qmp.execute("job-dismiss", {"id": job})
+            try:
+                await self.qmp.execute("blockdev-mirror", arguments)
+                late = not await self.qmp.wait_for(
+                    changes, is_in("ready", "concluded"), until_s - time.monotonic()
+                )
+                if late or statuses[-1] == "ready":
+                    await self.qmp.execute("block-job-cancel", {"device": job, "force": late})
+                    if not await self.qmp.wait_for(changes, is_in("concluded"), _CANCEL_TIMEOUT_S):
+                        raise Unavailable(
+                            f"the copy of {source} does not end", hint="look at the server's disks"
+                        )
+                jobs = await self.qmp.execute("query-jobs")
+                failure = next((str(one.get("error", "")) for one in jobs if one["id"] == job), "")
+                await self.qmp.execute("job-dismiss", {"id": job})
+            except Unavailable:
+                self.lost_copies.add(job)
+                raise
         if late:
             raise DeadlineExceeded(
                 f"the copy of {source} took too long", hint="retry when the storage server is less busy"
             )
         if failure:
             raise DataLoss(f"{source} could not be copied: {failure}", hint="look at the server's disks")
+
+    async def _make_sure(self, name: str) -> None:
+        """Learn whether a node or an export that a command was given up about is there.
+
+        The daemon does one command after the other, so its answer comes after that command.
+        """
+        if name not in self.unsure:
+            return
+        nodes = await self.qmp.execute("query-named-block-nodes", {"flat": True})
+        if any(one["node-name"] == name for one in nodes):
+            self.nodes.add(name)
+        exports = await self.qmp.execute("query-block-exports")
+        if any(one["id"] == name and not one["shutting-down"] for one in exports):
+            self.exports.add(name)
+        self.unsure.discard(name)
 
     async def end_job(self, job: str) -> None:
         """End a job that nobody waits for any more."""

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from csi_vduse import log, records
 from csi_vduse.errors import DataLoss, FailedPrecondition, Unavailable, VduseError
 from csi_vduse.storage.config import ServerConfig, daemon_argv
-from csi_vduse.storage.qmp import Qmp
+from csi_vduse.storage.qmp import Qmp, peer_pid
 
 # Called with each new connection; True if the daemon is a fresh one, after one that may have died untidily.
 Recover = Callable[[Qmp, bool], Awaitable[None]]
@@ -98,18 +98,28 @@ class Daemon:
         log.get().info("qemu-storage-daemon is up", pid=qmp.pid, fresh=fresh)
         try:
             await self._recover(qmp, fresh)
-        except BaseException:
-            await qmp.close()
+        except BaseException as error:
+            # `close` ends what was brought up only. A daemon that was found goes on serving, unless we are to end.
+            if fresh or isinstance(error, asyncio.CancelledError):
+                await self._quit(qmp)
+            else:
+                await qmp.close()
             raise
         self._qmp = qmp
 
     async def _adopt(self) -> Qmp | None:
-        """Return a connection to a daemon that an earlier process of ours left, if it is as we want it."""
-        if not self._config.monitor.exists():
+        """Return a connection to a daemon that an earlier process of ours left, if it is as we want it.
+
+        Raises:
+            Unavailable: there is one that neither answers nor dies.
+        """
+        pid = await peer_pid(self._config.monitor)
+        if not pid:
             return None
         try:
             qmp = await Qmp.connect(self._config.monitor)
-        except Unavailable:
+        except Unavailable as error:
+            await self._kill(pid, str(error))
             return None
         try:
             record = records.read_record(self._config.run_dir / _RECORD) or {}
@@ -135,6 +145,15 @@ class Daemon:
                 hint="install qemu-system-common or qemu-storage-daemon",
             ) from error
         self._process = process
+        try:
+            return await self._greeted(process)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+
+    async def _greeted(self, process: asyncio.subprocess.Process) -> Qmp:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline_s:
             if process.returncode is not None:
@@ -146,7 +165,6 @@ class Daemon:
                 with contextlib.suppress(Unavailable):
                     return await Qmp.connect(self._config.monitor)
             await asyncio.sleep(_POLL_S)
-        process.kill()
         raise FailedPrecondition(f"qemu-storage-daemon is not up after {_START_TIMEOUT_S:g} s")
 
     async def _quit(self, qmp: Qmp) -> None:
@@ -157,11 +175,26 @@ class Daemon:
             try:
                 await asyncio.wait_for(_exit(qmp.pid), _QUIT_TIMEOUT_S)
             except TimeoutError:
-                log.get().error("qemu-storage-daemon does not end and is killed", pid=qmp.pid)
-                os.kill(qmp.pid, signal.SIGKILL)
+                await self._kill(qmp.pid, "it does not end")
         await qmp.close()
         if self._process is not None and self._process.pid == qmp.pid:
             await self._process.wait()
+
+    async def _kill(self, pid: int, why: str) -> None:
+        """End a daemon that does not listen; two must never serve one directory.
+
+        Raises:
+            Unavailable: it does not die, since it waits for a disk.
+        """
+        log.get().error("qemu-storage-daemon is killed", pid=pid, reason=why)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        try:
+            await asyncio.wait_for(_exit(pid), _QUIT_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"qemu-storage-daemon {pid} does not die", hint="it waits for a disk: look at the kernel log"
+            ) from None
 
 
 async def _exit(pid: int) -> None:

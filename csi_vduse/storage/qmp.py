@@ -64,11 +64,7 @@ class Qmp:
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(0)
-            await asyncio.wait_for(
-                asyncio.get_running_loop().sock_connect(sock, str(path)), _CONNECT_TIMEOUT_S
-            )
-            pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            pid = await _connect(sock, path)
             client = QMPClient("storage")
             await asyncio.wait_for(client.connect(sock), _CONNECT_TIMEOUT_S)
         except (OSError, TimeoutError, ConnectError) as error:
@@ -153,6 +149,29 @@ class Qmp:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # marks it as seen: its caller may have gone
+
+
+async def peer_pid(path: Path) -> int:
+    """Return the process id of who listens at a unix socket, whether it answers or not; 0 if nobody does.
+
+    Raises:
+        Unavailable: it takes no connections any more.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            return await _connect(sock, path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return 0
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"nobody takes a connection at {path}: {error!r}") from error
+
+
+async def _connect(sock: socket.socket, path: Path) -> int:
+    """Connect; returns the process id of who listens (SO_PEERCRED in socket(7): of the call of listen)."""
+    sock.settimeout(0)
+    await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, str(path)), _CONNECT_TIMEOUT_S)
+    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
 
 
 def is_refusal(error: VduseError, text: str) -> bool:

@@ -161,8 +161,7 @@ class StorageServer:
                 if await block.size_bytes(node_of(image)) < size_bytes:
                     try:
                         for one in image.publications:
-                            if one.export in block.exports:
-                                await block.remove_export(one.export)
+                            await block.remove_export(one.export)
                         await block.resize(node_of(image), size_bytes)
                     finally:
                         await self._publications.resume(block, image)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from csi_vduse import records
+from csi_vduse import log, records
 from csi_vduse.errors import DataLoss, FailedPrecondition, InvalidArgument
 from csi_vduse.files import UNFINISHED, allocated_bytes, flush_directory, remove_tree, unfinished
 from csi_vduse.storage.model import Format, Image, Key, Kind, image_from_json, image_to_json
@@ -98,12 +98,19 @@ class Store:
         return image_from_json(record)
 
     def list(self, kind: Kind) -> list[Image]:
-        """Return all images of a kind; one that vanishes meanwhile is skipped."""
-        names = sorted(
-            path.name for path in self._directory.glob(f"{kind.value}/*") if _ID.fullmatch(path.name)
-        )
-        found = (self.find(Key(kind, name)) for name in names)
-        return [image for image in found if image is not None]
+        """Return all images of a kind; one that vanishes meanwhile, or whose record is damaged, is left out."""
+        found = []
+        for name in sorted(path.name for path in self._directory.glob(f"{kind.value}/*")):
+            if not _ID.fullmatch(name):
+                continue
+            try:
+                image = self.find(Key(kind, name))
+            except DataLoss as error:
+                log.get().error("an image is left out", kind=kind.value, id=name, error=str(error))
+                continue
+            if image is not None:
+                found.append(image)
+        return found
 
     def save(self, image: Image) -> None:
         """Write the record of an image that is there."""

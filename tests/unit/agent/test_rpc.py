@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from csi_vduse.agent import wire
@@ -33,7 +34,15 @@ from csi_vduse.agent.server import claim_socket, start_server
 from csi_vduse.agent.store import Store
 from csi_vduse.dataplane.backend_spec import FileBackend, NullBackend
 from csi_vduse.dataplane.throttle import Throttle
-from csi_vduse.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Unavailable
+from csi_vduse.errors import (
+    CommandFailed,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+)
 from tests.unit.fakes.kernel import FakeKernel
 
 MIB = 1 << 20
@@ -226,3 +235,12 @@ def test_a_damaged_record_is_reported_and_kept(tmp_path: Path):
         with pytest.raises(DataLoss):
             store.find("vol-1")
         assert record.read_text() == text
+
+
+def test_a_program_that_failed_elsewhere_is_told_as_what_it_said():
+    """CommandFailed is made of an argv, which does not travel."""
+    failed = CommandFailed(["qemu-img", "create"], 1, "no space")
+    code, message, metadata = wire.error_status(failed)
+    told = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*metadata), details=message)
+    error = wire.error_from_rpc(told)
+    assert (error.grpc_code, error.message) == (failed.grpc_code, failed.message)

@@ -65,6 +65,13 @@ def test_doctor_names_what_is_wrong_with_volumes():
     assert (about, "warning") in found
 
 
+def test_an_export_that_was_made_beforehand_is_no_lost_volume():
+    handle = {"driver": "csi.vduse.dev", "volumeHandle": "erp-db", "volumeAttributes": {"uri": "nbd://h/erp"}}
+    assert verdicts([node()], [], [{"metadata": {"name": "pv1"}, "spec": {"csi": handle}}]) == {
+        ("node n1", "good")
+    }
+
+
 def metrics(operations, slow):
     labels = 'volume_id="vol-1",backend="file",operation="read"'
     return (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.errors import DataLoss, FailedPrecondition, Unavailable
+from csi_vduse.storage import block, qmp
 from tests.unit.storage.conftest import started
 from tests.unit.storage.nbd_client import Refused
 from tests.unit.storage.use import BLOCK, MIB, SIZE, check_images, connect, publish, volume
@@ -148,3 +149,93 @@ async def test_what_interrupted_calls_left_is_removed_at_start(config):
     async with started(config) as server:
         assert not left.exists()
         assert [image.key.id for image in await server.volumes()] == []
+
+
+async def test_a_daemon_that_does_not_answer_is_killed_before_another_is_started(config, monkeypatch):
+    running = started(config)
+    server = await running.__aenter__()
+    await server.create("v1", SIZE)
+    published = await publish(server)
+    pid = server.daemon_pid
+    await _abandon(server)
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(qmp, "_CONNECT_TIMEOUT_S", 0.5)
+    async with started(config) as second:
+        assert second.daemon_pid != pid
+        assert not is_alive(pid)
+        assert await publish(second) == published
+
+
+async def test_a_daemon_is_not_left_behind_by_a_server_that_ends_while_it_comes_up(config):
+    async with started(config) as server:
+        pid = server.daemon_pid
+        given = asyncio.Queue()
+
+        async def never_done(qmp, fresh):
+            await given.put(qmp.pid)
+            await asyncio.Event().wait()
+
+        server._daemon._recover = never_done
+        os.kill(pid, signal.SIGKILL)
+        second = await given.get()
+        assert is_alive(second)
+    assert not is_alive(second)
+
+
+async def test_a_directory_without_a_record_and_a_damaged_record_do_not_keep_others_away(config):
+    async with started(config) as server:
+        for name in ("v1", "v2"):
+            await server.create(name, SIZE)
+            await publish(server, name)
+    (config.directory / "volumes/old").mkdir()
+    (config.directory / "volumes/v1/record.json").write_text("{")
+    async with started(config) as server:
+        assert [image.key.id for image in await server.volumes()] == ["v2"]
+        (await connect((await publish(server, "v2")).uri)).close()
+        with pytest.raises(DataLoss):
+            await publish(server, "v1")
+
+
+async def test_what_a_stalled_daemon_does_late_is_found(server, monkeypatch):
+    await server.create("v1", SIZE)
+    await server.create("v2", SIZE)
+    await publish(server, "v2")
+    monkeypatch.setattr(block, "_OPEN_TIMEOUT_S", 0.3)
+    os.kill(server.daemon_pid, signal.SIGSTOP)
+    try:
+        for call in (publish(server), server.unpublish("v2")):
+            with pytest.raises(Unavailable):
+                async with asyncio.timeout(60):
+                    await call
+    finally:
+        os.kill(server.daemon_pid, signal.SIGCONT)
+    monkeypatch.setattr(block, "_OPEN_TIMEOUT_S", 30)
+    (await connect((await publish(server)).uri)).close()
+    for name in ("v1", "v2"):
+        await server.unpublish(name)
+        await server.delete(volume(name))
+
+
+async def test_a_copy_that_began_late_is_ended_before_its_source_is_given_up(server, monkeypatch):
+    await server.create("v1", SIZE)
+    begin = server._core.block.qmp.execute
+
+    async def mirror_is_late(command, *arguments, **more):
+        answer = await begin(command, *arguments, **more)
+        if command == "blockdev-mirror":
+            raise Unavailable("it did not answer in time")
+        return answer
+
+    monkeypatch.setattr(server._core.block.qmp, "execute", mirror_is_late)
+    with pytest.raises(Unavailable):
+        await server.copy(volume("v1"), volume("v2"), SIZE, timeout_s=60)
+    await server.delete(volume("v1"))
+    seen = await server._core.block.observe()
+    assert (seen.jobs, seen.nodes) == (frozenset(), frozenset())
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
