@@ -108,6 +108,10 @@ kill_service() {
 
 case $1 in
     up)
+        # The kernel changes its own code when memory is first accounted. Now, while the guest has nothing to do: an emulator
+        # whose other processor is just in that code has ended guests (int3 panic) when kubelet made the first such cgroup.
+        mkdir -p /sys/fs/cgroup/node
+        echo +memory >/sys/fs/cgroup/cgroup.subtree_control
         network
         disk
         modprobe -a overlay loop vduse virtio_vdpa vhost_vdpa    # as /etc/modules-load.d does on a real node; loop: for kubelet
