@@ -2,8 +2,9 @@
 
 An attached volume of a file pool is held still by its worker while it is copied: requests wait, none fails. With shared
 blocks that takes milliseconds; a full copy takes as long as the allocated bytes need. The hold ends by itself
-if we die, and a copy that outlives its hold is thrown away by the backend, so no copy is ever a mixture of
-two times. The caller holds the volume's lock: nobody attaches it meanwhile.
+if we die, a copy that outlives its hold is thrown away by the backend, and one whose worker did not outlive it
+is not counted: the next worker knows of no hold. So no copy is ever a mixture of two times. The caller holds
+the volume's lock: nobody attaches it meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from csi_vduse import log
+from csi_vduse.agent.model import Attachment, State
 from csi_vduse.backends.base import Backend
-from csi_vduse.errors import VduseError
+from csi_vduse.errors import Unavailable, VduseError
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.volumes.model import Snapshot, Volume
 
@@ -53,14 +55,14 @@ class Copies:
 
         Raises:
             DeadlineExceeded: an attached volume cannot be held long enough.
-            Unavailable: the agent does not answer, so we do not know whether the volume is in use.
+            Unavailable: the agent does not answer, so we do not know whether the volume is in use; or it has
+                another worker than when its hold began.
         """
         async with self._slots:
             need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
-            attached = backend.needs_hold and any(
-                one.volume_id == volume.id for one in await self._agent.list()
-            )
-            if not attached:
+            # Asked before the hold: a worker that is found after it may be one that has never heard of it.
+            holder = await self._attachment(volume.id) if backend.needs_hold else None
+            if holder is None:
                 before_ns = time.time_ns()
                 await copy(time.monotonic() + need_s * _IDLE_FACTOR)
                 # A pool that copies what is being written ends with the content of this moment.
@@ -73,6 +75,11 @@ class Copies:
                 await copy(until_s)
             finally:
                 await self._resume(volume.id)
+            if not _held_through(holder, await self._attachment(volume.id)):
+                raise Unavailable(
+                    f"the worker of volume {volume.id} did not live as long as the copy; the copy is discarded",
+                    hint="retry",
+                )
             return cut_ns
 
     async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
@@ -81,6 +88,9 @@ class Copies:
             need_s = _FIXED_S + await backend.allocated_bytes(snapshot) / _BYTES_PER_S
             await copy(time.monotonic() + need_s * _IDLE_FACTOR)
 
+    async def _attachment(self, volume_id: str) -> Attachment | None:
+        return next((one for one in await self._agent.list() if one.volume_id == volume_id), None)
+
     async def _resume(self, volume_id: str) -> None:
         try:
             await self._agent.resume(volume_id)
@@ -88,3 +98,11 @@ class Copies:
             log.get().warning(
                 "the volume goes on by itself when its hold ends", volume_id=volume_id, error=str(error)
             )
+
+
+def _held_through(before: Attachment, after: Attachment | None) -> bool:
+    """Tell whether the worker that was told to hold still is the one that serves now, so that nobody wrote."""
+    if after is None or (after.state, after.worker_pid) != (before.state, before.worker_pid):
+        return False
+    # A broken device gets no other worker before it is detached.
+    return before.worker_pid != 0 or before.state is State.BROKEN
