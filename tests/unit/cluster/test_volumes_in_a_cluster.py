@@ -7,10 +7,11 @@ import pytest
 
 from csi_vduse.agent.model import AttachSpec
 from csi_vduse.dataplane.backend_spec import NullBackend
-from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, VOLUMES
+from csi_vduse.errors import Unavailable
+from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.proto import csi_pb2
-from csi_vduse.services import remote, waiting
-from csi_vduse.volumes.ids import volume_id
+from csi_vduse.services import copies, node_work, remote, waiting
+from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.topology import TOPOLOGY_KEY
 from tests.unit.cluster.conftest import TIMEOUT_S, until
 from tests.unit.services.stack import GIB, MIB
@@ -104,6 +105,51 @@ async def test_an_attached_volume_is_not_deleted(cluster, one_node):
     assert one_node.image(volume.volume_id).exists()
     await one_node.agent.detach(volume.volume_id)
     await until(lambda: cluster.leftovers() == [])
+
+
+async def test_a_volume_goes_at_once_when_it_is_detached_though_the_next_try_is_far_off(
+    cluster, one_node, monkeypatch
+):
+    monkeypatch.setattr(node_work, "_FIRST_DELAY_S", 10 * TIMEOUT_S)
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("attachment"))
+    await cluster.api.delete(VOLUMES, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("error"))
+    await one_node.agent.detach(volume.volume_id)
+    await until(lambda: cluster.leftovers() == [])
+
+
+async def test_what_an_attempt_writes_does_not_bring_the_next_one(cluster, one_node, monkeypatch):
+    """Its own statuses came back through the watch: an application was held still again after a moment, for ever."""
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("attachment"))
+    monkeypatch.setattr(node_work, "_FIRST_DELAY_S", 10 * TIMEOUT_S)
+    one_node.agent.fail["quiesce"] = Unavailable("the worker is dead")
+    asking = asyncio.create_task(cluster.snapshot(volume.volume_id))
+    path = SNAPSHOTS.named(snapshot_id("s"))
+    await until(lambda: (cluster.server.object(path) or {}).get("status", {}).get("error"))
+    await asyncio.sleep(0.5)
+    assert one_node.agent.events.count(f"quiesce {volume.volume_id}") == 1
+    # Somebody who wants something else is not kept waiting.
+    await cluster.api.delete(SNAPSHOTS, snapshot_id("s"))
+    await until(lambda: cluster.server.object(path) is None)
+    asking.cancel()
+
+
+async def test_a_copy_that_does_not_fit_its_hold_is_refused_and_not_tried_again(
+    cluster, one_node, monkeypatch
+):
+    monkeypatch.setattr(copies, "_FIXED_S", 1e-6)
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    error = await failure(cluster.snapshot(volume.volume_id))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "detach" in error.details()
+    await until(lambda: cluster.server.object(SNAPSHOTS.named(snapshot_id("s"))) is None)
+    assert one_node.agent.events.count(f"quiesce {volume.volume_id}") == 1
 
 
 async def test_expand_grows_the_image_on_its_node(cluster, one_node):

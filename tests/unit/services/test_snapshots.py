@@ -10,6 +10,7 @@ from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.errors import (
     AlreadyExists,
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidArgument,
     NotFound,
     OutOfRange,
@@ -187,12 +188,49 @@ async def test_an_attached_volume_is_held_while_it_is_copied(stack, attached, mo
 
 async def test_a_volume_goes_on_after_a_failed_copy_and_nothing_is_left(stack, attached, monkeypatch):
     before = stack.leftovers()
-    monkeypatch.setattr(copies, "_FIXED_S", 0.0)
-    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
-    with pytest.raises(DeadlineExceeded):
+    without_time_to_copy(monkeypatch)
+    with pytest.raises(FailedPrecondition, match="detach"):
         await stack.snapshot(attached.volume_id)
     assert not stack.agent.held_until_s
     assert stack.leftovers() == before
+
+
+def without_time_to_copy(monkeypatch):
+    monkeypatch.setattr(copies, "_FIXED_S", 1e-6)
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
+
+
+async def test_a_volume_that_was_held_in_vain_is_spared_for_a_while(stack, attached, monkeypatch):
+    """Sidecars try again after seconds, for ever: the application stood still most of the time."""
+    monkeypatch.setattr(copies, "_SPARED_FACTOR", 1e9)
+    with monkeypatch.context() as slow:
+        without_time_to_copy(slow)
+        with pytest.raises(FailedPrecondition, match="longer than"):
+            await stack.snapshot(attached.volume_id)
+    stack.agent.events.clear()
+    for attempt in (stack.snapshot(attached.volume_id), stack.create("c", from_volume=attached.volume_id)):
+        with pytest.raises(FailedPrecondition, match="not held again"):
+            await attempt
+    assert f"quiesce {attached.volume_id}" not in stack.agent.events
+    await stack.agent.detach(attached.volume_id)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_volume_that_was_held_in_vain_is_held_again_some_day(stack, attached, monkeypatch):
+    monkeypatch.setattr(copies, "_SPARED_FACTOR", 0)
+    with monkeypatch.context() as slow:
+        without_time_to_copy(slow)
+        with pytest.raises(FailedPrecondition, match="longer than"):
+            await stack.snapshot(attached.volume_id)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_worker_that_is_slow_to_hold_still_is_asked_again(stack, attached):
+    stack.agent.fail["quiesce"] = DeadlineExceeded("requests in flight do not end")
+    with pytest.raises(DeadlineExceeded):
+        await stack.snapshot(attached.volume_id)
+    del stack.agent.fail["quiesce"]
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
 
 
 async def test_a_volume_whose_worker_is_dead_is_not_copied(stack, attached):
