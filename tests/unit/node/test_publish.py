@@ -98,6 +98,23 @@ async def test_single_writer_gets_one_raw_device(loop_node: LoopNode) -> None:
         await loop_node.publish(volume, "two", use(None, EXCLUSIVE))
 
 
+@pytest.mark.parametrize("filesystem", ["ext4", None])
+async def test_kubelet_s_own_binds_of_a_target_are_no_second_workload(
+    loop_node: LoopNode, filesystem: str | None
+) -> None:
+    """A kubelet that was restarted publishes again what it has mapped or bound subpaths of: it failed for ever."""
+    wanted = use(filesystem, EXCLUSIVE)
+    volume = await loop_node.create()
+    await loop_node.stage(volume, wanted)
+    target = await loop_node.publish(volume, "one", wanted)
+    of_kubelet = loop_node.directory / "volume-subpaths"
+    of_kubelet.mkdir() if filesystem else of_kubelet.touch()
+    subprocess.run(["mount", "--bind", target, of_kubelet], check=True)
+    await loop_node.publish(volume, "one", wanted)
+    with pytest.raises(FailedPrecondition, match="SINGLE_NODE_SINGLE_WRITER"):
+        await loop_node.publish(volume, "two", wanted)
+
+
 async def test_vm_disk_is_bound_as_a_character_device(loop_node: LoopNode) -> None:
     volume = await loop_node.create(bus=Bus.VHOST)
     await loop_node.stage(volume, use(None))
