@@ -10,7 +10,7 @@ from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.errors import Unavailable
 from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.proto import csi_pb2
-from csi_vduse.services import copies, node_work, remote, waiting
+from csi_vduse.services import copies, node_status, node_work, remote, waiting
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.topology import TOPOLOGY_KEY
 from tests.unit.cluster.conftest import TIMEOUT_S, until
@@ -261,6 +261,26 @@ async def test_a_node_that_left_the_cluster_takes_its_volumes_along(cluster, one
     await cluster.api.delete(NODES, "n1")  # what the garbage collector does when the Node is deleted
     await cluster.delete(volume.volume_id)
     assert cluster.server.object(VOLUMES.named(volume.volume_id)) is None
+
+
+async def test_a_plugin_that_runs_on_does_not_bring_a_node_back_that_left(cluster, one_node, monkeypatch):
+    """It made its VduseNode anew without an owner, and the volumes of the node could never be deleted."""
+    monkeypatch.setattr(node_status, "NODE_PERIOD_S", 0.05)
+    await cluster.stop("n1")
+    await cluster.start_node("n1")
+    volume = await create_when_known(cluster)
+    node = cluster.server.object(CORE_NODES.named("n1"))
+    await cluster.api.delete(CORE_NODES, "n1")
+    await cluster.api.delete(NODES, "n1")  # as the garbage collector does
+    asked = cluster.server.requests.count("GET /api/v1/nodes/n1")
+    await until(lambda: cluster.server.requests.count("GET /api/v1/nodes/n1") > asked + 3)
+    assert cluster.server.object(NODES.named("n1")) is None
+    # The Node may come back: a kubelet that runs registers it again.
+    await cluster.server.put(CORE_NODES.named("n1"), {**node, "metadata": {"name": "n1", "uid": "other"}})
+    await until(lambda: (cluster.server.object(NODES.named("n1")) or {}).get("status"))
+    owner = cluster.server.object(NODES.named("n1"))["metadata"]["ownerReferences"][0]
+    assert owner["uid"] == "other"
+    await cluster.delete(volume.volume_id)
 
 
 async def test_health_tells_of_a_lost_image(cluster, one_node, monkeypatch):
