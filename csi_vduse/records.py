@@ -20,17 +20,19 @@ from csi_vduse.files import flush_directory
 VERSION = 1
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace the record at `path` atomically and durably; its directory is made if missing.
+def write_record(path: Path, record: Mapping[str, Any], *, make_directory: bool = True) -> None:
+    """Replace the record at `path` atomically and durably.
 
     Args:
         path: where; the directory should be on one file system with its parent.
         record: JSON-serialisable; "version" is added.
+        make_directory: whether a missing directory is made, or is an error: what belonged beside the record is gone.
 
     Raises:
         OSError: the file system refused; the old record, if any, is still whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_directory:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     data = json.dumps({"version": VERSION, **record}, indent=1, sort_keys=True).encode() + b"\n"
     try:

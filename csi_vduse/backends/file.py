@@ -150,7 +150,9 @@ class FilePool:
 
     async def clean(self) -> None:
         """Remove `*.tmp` below volumes and snapshots: what interrupted calls left."""
-        await self._short(self._clean)
+        # Two calls: what is listed too late, after we were given up, is another's work in progress.
+        leftovers = await self._short(self._leftovers)
+        await self._short(self._remove, leftovers)
 
     async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
         """Nothing to do and nothing to tell: the image is where the node is."""
@@ -266,7 +268,7 @@ class FilePool:
                 os.fsync(image_fd)
             finally:
                 os.close(image_fd)
-            records.write_record(temporary / _META, meta)
+            records.write_record(temporary / _META, meta, make_directory=False)
             if time.monotonic() > until_s + _COPY_GRACE_S / 2:
                 # Nobody waits for this thread any more: an image now would belong to no record.
                 raise DeadlineExceeded(f"{target} took too long", hint="the file system is slow or hangs")
@@ -317,11 +319,14 @@ class FilePool:
         flush_directory(target.parent)
         remove_tree(temporary)
 
-    def _clean(self) -> None:
+    def _leftovers(self) -> list[Path]:
         self._check()
-        for part in ("volumes", "snapshots"):
-            for path in self._directory.glob(f"{part}/*{UNFINISHED}"):
-                remove_tree(path)
+        parts = ("volumes", "snapshots")
+        return [path for part in parts for path in self._directory.glob(f"{part}/*{UNFINISHED}")]
+
+    def _remove(self, paths: list[Path]) -> None:
+        for path in paths:
+            remove_tree(path)
 
 
 def _missing(path: Path) -> DataLoss:

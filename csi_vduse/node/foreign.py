@@ -22,7 +22,9 @@ from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.model import State, Volume, volume_from_json, volume_to_json
 from csi_vduse.volumes.parameters import VOLUME_CONTEXT_PARAMETERS, parse
 
+# Of the request's context, as backends/nbd.py tells it: where the export is, and that a server fences it.
 URI = "uri"
+EPOCH = "epoch"
 BACKEND = "nbd"
 
 

@@ -52,10 +52,10 @@ async def publish(node: NodeContext, request: PublishRequest) -> None:
     refuse_impossible(volume, request.use)
     observed = await look(node, volume.id)
     source = await staged_source(observed, request)
-    refuse_second_workload(observed, request)
     await clear_stale(node, observed, request.target_path)
     if is_published(observed, request):
-        return
+        return  # before the next: kubelet's own binds of what is at the target are no second workload
+    refuse_second_workload(observed, request)
     async with AsyncExitStack() as undo:
         prepare_target(request.target_path, is_directory=not request.use.is_block, undo=undo)
         await mounts.bind(source, request.target_path, read_only=request.wants_read_only)
@@ -115,7 +115,9 @@ def is_published(observed: Observed, request: PublishRequest) -> bool:
         AlreadyExists: it is there, but writable instead of read-only or the reverse.
     """
     top = mounts.top_mount(observed.mounts, request.target_path)
-    if top is None:
+    if (
+        top is None or top not in observed.uses()
+    ):  # what is not the volume's was stale, and has been taken off
         return False
     if top.read_only != request.wants_read_only:
         mode = "read-only" if top.read_only else "writable"

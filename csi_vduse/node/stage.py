@@ -20,12 +20,12 @@ from csi_vduse.node.context import NodeContext, Observed, device_number, get_vol
 from csi_vduse.node.disk import prove_disk
 from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
-from csi_vduse.node.foreign import URI
+from csi_vduse.node.foreign import EPOCH, URI
 from csi_vduse.node.formatting import ensure_formatted
 from csi_vduse.node.options import combine
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.volumes.model import Volume
-from csi_vduse.volumes.policy import READER_MODES, Use, objection
+from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use, objection
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,16 @@ async def described_volume(node: NodeContext, request: StageRequest, observed: O
         present = await node.foreign.find(request.volume_id)
         if present is not None:
             return replace(present, filesystem=None)
+    refuse_unfenced(request)
     return await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+
+
+def refuse_unfenced(request: StageRequest) -> None:
+    """Refuse that several nodes write an export that was made beforehand; without a pool no controller is asked."""
+    if request.use.mode is AccessMode.MULTI_NODE_MULTI_WRITER and EPOCH not in request.context:
+        raise InvalidArgument(
+            "nobody fences an export that was made beforehand, so one node at a time may write it"
+        )
 
 
 def refuse_impossible(volume: Volume, use: Use) -> None:

@@ -2,8 +2,9 @@
 
 An attached volume of a file pool is held still by its worker while it is copied: requests wait, none fails. With shared
 blocks that takes milliseconds; a full copy takes as long as the allocated bytes need. The hold ends by itself
-if we die, and a copy that outlives its hold is thrown away by the backend, so no copy is ever a mixture of
-two times. The caller holds the volume's lock: nobody attaches it meanwhile.
+if we die, a copy that outlives its hold is thrown away by the backend, and one whose worker did not outlive it
+is not counted: the next worker knows of no hold. So no copy is ever a mixture of two times. The caller holds
+the volume's lock: nobody attaches it meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from csi_vduse import log
+from csi_vduse.agent.model import Attachment, State
 from csi_vduse.backends.base import Backend
-from csi_vduse.errors import VduseError
+from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Unavailable, VduseError
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.volumes.model import Snapshot, Volume
 
@@ -25,9 +27,13 @@ _BYTES_PER_S = 32 << 20
 _HOLD_MARGIN_S = 5.0
 # The agent allows no hold beyond 300 s (MAX_HOLD_S there): applications would take it for a hang.
 _MAX_HOLD_S = 300.0 - _HOLD_MARGIN_S
+# A volume that was held in vain is spared for so many times as long: callers try again by themselves, after
+# seconds, and each try would stop the application for minutes.
+_SPARED_FACTOR = 12
 # Nobody waits for the copy of a detached volume, but a hanging disk must not keep it for ever.
 _IDLE_FACTOR = 8
 _SLOTS = 4
+_INSTEAD = "detach the volume first, or use a pool on XFS or btrfs, where copies share blocks"
 
 Copy = Callable[[float], Awaitable[None]]
 
@@ -41,6 +47,7 @@ class Copies:
 
     def __init__(self, agent: Attachments) -> None:
         self._agent = agent
+        self._spared_until_s: dict[str, float] = {}
         self._slots = asyncio.Semaphore(_SLOTS)
 
     async def of_volume(self, backend: Backend, volume: Volume, copy: Copy) -> int:
@@ -52,27 +59,34 @@ class Copies:
             copy: does it, before the time.monotonic() that it is given.
 
         Raises:
-            DeadlineExceeded: an attached volume cannot be held long enough.
-            Unavailable: the agent does not answer, so we do not know whether the volume is in use.
+            FailedPrecondition: an attached volume cannot be held still for as long as its copy takes, or could not a
+                short time ago.
+            Unavailable: the agent does not answer, so we do not know whether the volume is in use; or it has
+                another worker than when its hold began.
         """
         async with self._slots:
             need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
-            attached = backend.needs_hold and any(
-                one.volume_id == volume.id for one in await self._agent.list()
-            )
-            if not attached:
+            # Asked before the hold: a worker that is found after it may be one that has never heard of it.
+            holder = await self._attachment(volume.id) if backend.needs_hold else None
+            if holder is None:
                 before_ns = time.time_ns()
                 await copy(time.monotonic() + need_s * _IDLE_FACTOR)
                 # A pool that copies what is being written ends with the content of this moment.
                 return before_ns if backend.needs_hold else time.time_ns()
+            self._refuse_spared(volume.id)
             hold_s = min(need_s, _MAX_HOLD_S)
             until_s = time.monotonic() + hold_s
             try:  # a hold whose answer did not reach us may have begun
                 await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
                 cut_ns = time.time_ns()
-                await copy(until_s)
+                await self._within_hold(volume.id, hold_s, copy(until_s))
             finally:
                 await self._resume(volume.id)
+            if not _held_through(holder, await self._attachment(volume.id)):
+                raise Unavailable(
+                    f"the worker of volume {volume.id} did not live as long as the copy; the copy is discarded",
+                    hint="retry",
+                )
             return cut_ns
 
     async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
@@ -81,6 +95,30 @@ class Copies:
             need_s = _FIXED_S + await backend.allocated_bytes(snapshot) / _BYTES_PER_S
             await copy(time.monotonic() + need_s * _IDLE_FACTOR)
 
+    async def _within_hold(self, volume_id: str, hold_s: float, copying: Awaitable[None]) -> None:
+        """Await a copy; one that does not fit its hold will not fit the next, so no caller is to try at once."""
+        try:
+            await copying
+        except DeadlineExceeded as error:
+            self._spared_until_s[volume_id] = time.monotonic() + hold_s * _SPARED_FACTOR
+            raise FailedPrecondition(
+                f"volume {volume_id} is attached, and its copy takes longer than it is held still, {hold_s:.0f} s",
+                hint=_INSTEAD,
+            ) from error
+
+    def _refuse_spared(self, volume_id: str) -> None:
+        spared_s = self._spared_until_s.get(volume_id, 0.0) - time.monotonic()
+        if spared_s > 0:
+            raise FailedPrecondition(
+                f"volume {volume_id} is attached and was held still in vain for a copy that took too long; "
+                f"it is not held again within {spared_s:.0f} s",
+                hint=_INSTEAD,
+            )
+        self._spared_until_s.pop(volume_id, None)
+
+    async def _attachment(self, volume_id: str) -> Attachment | None:
+        return next((one for one in await self._agent.list() if one.volume_id == volume_id), None)
+
     async def _resume(self, volume_id: str) -> None:
         try:
             await self._agent.resume(volume_id)
@@ -88,3 +126,11 @@ class Copies:
             log.get().warning(
                 "the volume goes on by itself when its hold ends", volume_id=volume_id, error=str(error)
             )
+
+
+def _held_through(before: Attachment, after: Attachment | None) -> bool:
+    """Tell whether the worker that was told to hold still is the one that serves now, so that nobody wrote."""
+    if after is None or (after.state, after.worker_pid) != (before.state, before.worker_pid):
+        return False
+    # A broken device gets no other worker before it is detached.
+    return before.worker_pid != 0 or before.state is State.BROKEN

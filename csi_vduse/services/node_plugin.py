@@ -25,6 +25,7 @@ from csi_vduse.node.context import NodeContext
 from csi_vduse.proto import csi_pb2_grpc
 from csi_vduse.services import http
 from csi_vduse.services.agent_port import Agent as ControllerAgent
+from csi_vduse.services.foreign import foreign_volumes
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.locks import LockTable
 from csi_vduse.services.node import Node
@@ -107,6 +108,7 @@ async def serving(
             agent=agent,
             registry=work.registry,
             data_path=pools.data_path,
+            foreign=stack.enter_context(foreign_volumes(config.state_dir)),
         )
         server = await start_server(
             config.endpoint,

@@ -77,6 +77,7 @@ class NodeStatus:
         self._agent = agent
         self._on_probe = on_probe
         self._fit: bool | None = None
+        self._has_left = False
         self._attached = attached
         self._problems: dict[str, str] = {}
 
@@ -105,9 +106,8 @@ class NodeStatus:
         try:
             await self._registry.update_status(NODES, self._node, lambda _: status)
         except NotFound:
-            with suppress(AlreadyExists):
-                await self._api.create(NODES, await self._node_object())
-            await self._registry.update_status(NODES, self._node, lambda _: status)
+            if await self._make_node_object():
+                await self._registry.update_status(NODES, self._node, lambda _: status)
 
     async def tell_volumes(self) -> None:
         """Write each volume's attachment and health where they changed."""
@@ -200,15 +200,28 @@ class NodeStatus:
             event = events.NodeEvent("Warning", "VduseNotReady", note)
         await events.record(self._api, self._node, event)
 
-    async def _node_object(self) -> Object:
-        """Return our VduseNode; it goes when the Node goes, and so tells that the node's data is lost."""
-        metadata: Object = {"name": self._node}
+    async def _make_node_object(self) -> bool:
+        """Make our VduseNode, owned by the Node: it goes with it, and so tells that the node's data is lost.
+
+        Without a Node none is made, and False returned: nothing would ever take it away, and what is on a node that
+        has left the cluster would be waited for.
+        """
         node = await self._api.get(CORE_NODES, self._node)
-        if node is not None:
-            metadata["ownerReferences"] = [
-                {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
-            ]
-        return {"apiVersion": API_VERSION, "kind": NODES.kind, "metadata": metadata}
+        if node is None:
+            if not self._has_left:
+                log.get().warning(
+                    "the cluster has no Node of our name; it is told nothing until it has", node=self._node
+                )
+            self._has_left = True
+            return False
+        self._has_left = False
+        owner = {"apiVersion": "v1", "kind": "Node", "name": self._node, "uid": node["metadata"]["uid"]}
+        metadata = {"name": self._node, "ownerReferences": [owner]}
+        with suppress(AlreadyExists):
+            await self._api.create(
+                NODES, {"apiVersion": API_VERSION, "kind": NODES.kind, "metadata": metadata}
+            )
+        return True
 
 
 def _adding(status: Object) -> Callable[[Object], Object]:

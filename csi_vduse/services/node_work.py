@@ -2,7 +2,8 @@
 
 The acts are those of `standalone` (provisioning.py, snapshotting.py), on a registry that writes statuses.
 Keeps true: one act at a time for each object, and none while a CSI call for it runs (one table of locks);
-every object is looked at again after a change, after an error, and every RESYNC_S; what cannot be done is
+every object is looked at again after a change, after an error, and every RESYNC_S; after an error not before
+its time, unless something else is wanted: what an attempt writes changes the object too. What cannot be done is
 said in the object's status. Nothing here ends the process: an API that is away is waited for.
 """
 
@@ -18,7 +19,7 @@ from csi_vduse import log
 from csi_vduse.errors import DeadlineExceeded, NotFound, Pending, Unavailable, VduseError
 from csi_vduse.kube.api import ApiServer, Conflict
 from csi_vduse.kube.mirror import Mirror
-from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, name_of
+from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, is_going, name_of
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.services.locks import Keys, LockTable
 from csi_vduse.services.node_steps import Step, snapshot_step, volume_step
@@ -82,6 +83,8 @@ class NodeWork:
         self._running: set[Key] = set()
         self._again: set[Key] = set()
         self._delays_s: dict[Key, float] = {}
+        self._retries: dict[Key, asyncio.TimerHandle] = {}
+        self._tried: dict[Key, object] = {}
         for resource, mirror in self._mirrors.items():
             mirror.listen(self._listener(resource))
 
@@ -106,12 +109,15 @@ class NodeWork:
             if key in self._running:  # it changed while another of us works on it: look again afterwards
                 self._again.add(key)
                 continue
+            if not self._is_due(key):
+                continue
             self._running.add(key)
             resource, name = key
             with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
                 try:
                     await self._look_and_act(resource, name)
                     self._delays_s.pop(key, None)
+                    self._tried.pop(key, None)
                 except _TRANSIENT as error:
                     self._retry(key, error)
                 except VduseError as error:
@@ -129,6 +135,7 @@ class NodeWork:
 
     async def _look_and_act(self, resource: Resource, name: str) -> None:
         found = await self._api.get(resource, name)
+        self._tried[resource, name] = _circumstances(found)
         decide = volume_step if resource is VOLUMES else snapshot_step
         step = decide(found, self._node)
         if found is None or step is Step.NOTHING:
@@ -198,7 +205,21 @@ class NodeWork:
         delay_s = self._delays_s.get(key, _FIRST_DELAY_S)
         self._delays_s[key] = min(delay_s * 2, _MAX_DELAY_S)
         log.get().info("trying again later", delay_s=delay_s, error=str(error) if error else None)
-        asyncio.get_running_loop().call_later(delay_s, self._enqueue, key)
+        self._retries[key] = asyncio.get_running_loop().call_later(delay_s, self._enqueue_retry, key)
+
+    def _is_due(self, key: Key) -> bool:
+        """Tell whether to look now: always, but for an object that was tried in vain and is as it was then."""
+        resource, name = key
+        if key in self._retries and _circumstances(self._mirrors[resource].get(name)) == self._tried.get(key):
+            return False
+        retry = self._retries.pop(key, None)
+        if retry is not None:
+            retry.cancel()
+        return True
+
+    def _enqueue_retry(self, key: Key) -> None:
+        del self._retries[key]
+        self._enqueue(key)
 
     def _listener(self, resource: Resource) -> Callable[[str], None]:
         return lambda name: self._enqueue((resource, name))
@@ -207,6 +228,14 @@ class NodeWork:
         if key not in self._queued:
             self._queued.add(key)
             self._queue.put_nowait(key)
+
+
+def _circumstances(found: Object | None) -> object:
+    """Return what decides, of an object, whether another try may end otherwise; no try changes it."""
+    if found is None:
+        return None
+    is_attached = bool(found.get("status", {}).get("attachment"))
+    return found["metadata"].get("generation"), is_going(found), is_attached
 
 
 def create_request(found: Object) -> CreateVolume:

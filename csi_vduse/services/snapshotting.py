@@ -55,7 +55,7 @@ class Snapshotter:
             AlreadyExists: the name is taken by a snapshot of another volume.
             NotFound: the volume does not exist.
             ResourceExhausted: no room, or the place that is asked for is not ours.
-            DeadlineExceeded: the volume could not be held still long enough.
+            FailedPrecondition: the volume is attached and could not be held still long enough.
         """
         snapshot_id = snapshot_id_of(request.name)
         existing = await self._registry.get_snapshot(snapshot_id)

@@ -6,22 +6,19 @@ The agent is reached through its client, like everywhere: nothing here knows in 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Protocol
 
 from csi_vduse.backends.pools import Pools, open_pools
 from csi_vduse.config import StandaloneConfig, parse_endpoint
-from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend
-from csi_vduse.dataplane.nbd_config import probe
-from csi_vduse.errors import InvalidArgument
 from csi_vduse.node.context import Agent as NodeAgent
 from csi_vduse.node.context import NodeContext
-from csi_vduse.node.foreign import ForeignVolumes
 from csi_vduse.proto import csi_pb2_grpc
 from csi_vduse.services.agent_port import Agent as ControllerAgent
 from csi_vduse.services.controller import Controller
 from csi_vduse.services.copies import Copies
+from csi_vduse.services.foreign import foreign_volumes
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
 from csi_vduse.services.node import Node
@@ -32,7 +29,6 @@ from csi_vduse.services.reconcile import reconcile
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.server import start_server
 from csi_vduse.services.snapshotting import Snapshotter
-from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.registry_directory import DirectoryRegistry
 from csi_vduse.volumes.topology import node_segments
@@ -41,8 +37,6 @@ from csi_vduse.volumes.topology import node_segments
 class Agent(ControllerAgent, NodeAgent, Protocol):
     """All that controller and node need of the agent; AgentClient has it."""
 
-
-_SERVER_TIMEOUT_S = 30.0
 
 NodeFactory = Callable[[NodeContext], csi_pb2_grpc.NodeServicer]
 
@@ -64,35 +58,33 @@ async def serving(
         InvalidArgument: a pool or the endpoint is not what it should be.
     """
     socket_path = parse_endpoint(config.endpoint)
-    registry = DirectoryRegistry(config.state_dir)
-    threads = BlockingPool("foreign", 2)
-    pools = open_pools(config.pools, config.state_dir)
-    controller = await _start_controller(config, registry, pools, agent)
-    node = make_node(
-        NodeContext(
-            node_id=config.node_id,
-            agent=agent,
-            registry=registry,
-            data_path=pools.data_path,
-            foreign=ForeignVolumes(config.state_dir / "foreign", partial(_size_bytes, threads), threads),
+    async with AsyncExitStack() as stack:
+        registry = DirectoryRegistry(config.state_dir)
+        stack.callback(registry.close)
+        pools = open_pools(config.pools, config.state_dir)
+        stack.callback(pools.close)
+        foreign = stack.enter_context(foreign_volumes(config.state_dir))
+        controller = await _start_controller(config, registry, pools, agent)
+        node = make_node(
+            NodeContext(
+                node_id=config.node_id,
+                agent=agent,
+                registry=registry,
+                data_path=pools.data_path,
+                foreign=foreign,
+            )
         )
-    )
-    server = await start_server(
-        socket_path,
-        [
-            partial(csi_pb2_grpc.add_IdentityServicer_to_server, Identity(agent)),
-            partial(csi_pb2_grpc.add_ControllerServicer_to_server, controller),
-            partial(csi_pb2_grpc.add_NodeServicer_to_server, node),
-        ],
-        observe=observe,
-    )
-    try:
+        server = await start_server(
+            socket_path,
+            [
+                partial(csi_pb2_grpc.add_IdentityServicer_to_server, Identity(agent)),
+                partial(csi_pb2_grpc.add_ControllerServicer_to_server, controller),
+                partial(csi_pb2_grpc.add_NodeServicer_to_server, node),
+            ],
+            observe=observe,
+        )
+        stack.push_async_callback(server.stop)
         yield
-    finally:
-        await server.stop()
-        pools.close()
-        registry.close()
-        threads.close()
 
 
 async def _start_controller(
@@ -126,11 +118,3 @@ async def _start_controller(
         ),
         places=LocalPlaces(pools=pools, reservations=reservations, segments=segments),
     )
-
-
-async def _size_bytes(threads: BlockingPool, backend: BackendSpec) -> int:
-    """Ask an NBD server how large an export is."""
-    if not isinstance(backend, NbdBackend):
-        raise InvalidArgument(f"{backend} has no server that could be asked for its size")
-    found = await threads.run(DEFAULT_TIMEOUT_S, partial(probe, backend, timeout_s=_SERVER_TIMEOUT_S))
-    return found.size_bytes

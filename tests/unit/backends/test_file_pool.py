@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 
-from csi_vduse.backends import copying
+from csi_vduse.backends import copying, file
 from csi_vduse.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -19,6 +20,7 @@ from csi_vduse.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from csi_vduse.files import remove_tree
 from tests.unit.backends.builders import MIB, a_pool, a_snapshot, a_volume, files_below, image_of, soon
 
 
@@ -207,6 +209,67 @@ async def test_clean_removes_only_what_is_unfinished(pool, tmp_path):
     await pool.clean()
     assert files_below(tmp_path) == kept
     assert await pool.has_volume(volume.id)
+
+
+async def test_clean_that_is_given_up_leaves_what_was_begun_since(pool, tmp_path, monkeypatch):
+    """It went on in its thread, listed the snapshots after its first removal, and took one that was being cut."""
+    (tmp_path / "pool/volumes/vol-0.0a1b2c3d.tmp").mkdir(parents=True)
+    removing, go_on = threading.Event(), threading.Event()
+
+    def slow(path):
+        removing.set()
+        go_on.wait()
+        remove_tree(path)
+        removed.set()
+
+    removed = threading.Event()
+    monkeypatch.setattr(file, "remove_tree", slow)
+    monkeypatch.setattr(file, "DEFAULT_TIMEOUT_S", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        await pool.clean()
+    monkeypatch.undo()
+    assert removing.is_set()
+    begun = tmp_path / "pool/snapshots/snap-0.0a1b2c3d.tmp"
+    begun.mkdir(parents=True)
+    go_on.set()
+    removed.wait()
+    pool.close()
+    pool._small._executor.shutdown()
+    assert not (tmp_path / "pool/volumes/vol-0.0a1b2c3d.tmp").exists()
+    assert begun.exists()
+
+
+async def test_clean_that_is_given_up_while_it_lists_removes_nothing(pool, tmp_path, monkeypatch):
+    half = tmp_path / "pool/volumes/vol-0.0a1b2c3d.tmp"
+    half.mkdir(parents=True)
+    go_on = threading.Event()
+    monkeypatch.setattr(pool, "_check", go_on.wait)
+    monkeypatch.setattr(file, "DEFAULT_TIMEOUT_S", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        await pool.clean()
+    go_on.set()
+    pool._small._executor.shutdown()
+    assert half.exists()
+
+
+async def test_an_image_that_vanished_while_it_was_made_is_an_error_and_leaves_nothing(
+    pool, tmp_path, monkeypatch
+):
+    """The record made its directory anew, and a copy that was only a meta.json was renamed to a whole one."""
+    source = await filled(pool, tmp_path, a_volume())
+    before = files_below(tmp_path)
+
+    def copy(*args, **kwargs):
+        original(*args, **kwargs)
+        for unfinished in tmp_path.glob("pool/snapshots/*.tmp"):
+            shutil.rmtree(unfinished)
+
+    original = copying.copy_image
+    monkeypatch.setattr(file, "copy_image", copy)
+    with pytest.raises(FailedPrecondition, match="vanished"):
+        await pool.snapshot(source, a_snapshot(), until_s=soon())
+    assert files_below(tmp_path) == before
+    assert not image_of(tmp_path, a_snapshot()).parent.exists()
 
 
 async def test_usage_tells_ours_from_foreign(pool, tmp_path):

@@ -4,13 +4,13 @@ import grpc
 import pytest
 
 from csi_vduse.config import PoolConfig
-from csi_vduse.proto import csi_pb2
+from csi_vduse.proto import csi_pb2, csi_pb2_grpc
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
 from tests.unit.cluster.conftest import TIMEOUT_S, until
 from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand, failure, known_nodes
-from tests.unit.services.stack import MIB, block
+from tests.unit.services.stack import MIB, Mode, block
 
 
 @pytest.fixture
@@ -90,3 +90,36 @@ async def test_a_volume_on_a_node_is_published_there_and_nowhere_else(shared):
     answer = await shared.controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=TIMEOUT_S)
     assert [list(entry.status.published_node_ids) for entry in answer.entries] == [["n1"]]
     await unpublish(shared, volume.volume_id, "n1")
+
+
+async def test_an_export_made_beforehand_is_attached_as_its_server_says(cluster, server, monkeypatch):
+    """There is no pool, so no controller is asked: kubelet hands the attributes of the PersistentVolume to the node."""
+    node = await cluster.start_node("n1")
+    await server.create("v1", 4 * MIB)
+    export = await server.publish("v1", "n1", read_only=False, shared=False)
+    specs = []
+    attach = node.agent.attach
+
+    async def attaching(spec):
+        specs.append(spec)
+        return await attach(spec)
+
+    monkeypatch.setattr(node.agent, "attach", attaching)
+    request = csi_pb2.NodeStageVolumeRequest(
+        volume_id="erp/db 1",
+        staging_target_path=str(cluster.directory / "staging"),
+        volume_capability=block(),
+        volume_context={"uri": export.uri, "blockSize": "4096"},
+    )
+    async with grpc.aio.insecure_channel(f"unix:{node.config.endpoint}") as channel:
+        stub = csi_pb2_grpc.NodeStub(channel)
+        error = await failure(stub.NodeStageVolume(request, timeout=TIMEOUT_S))
+        assert "erp/db 1" in error.details()  # a fake agent has no device, so the stage ends here
+        request.volume_capability.CopyFrom(block(Mode.MULTI_NODE_MULTI_WRITER))
+        unfenced = await failure(stub.NodeStageVolume(request, timeout=TIMEOUT_S))
+    assert [(spec.backend.uri, spec.capacity_bytes, spec.block_size_bytes) for spec in specs] == [
+        (export.uri, 4 * MIB, 4096)
+    ]
+    assert len(list((node.config.state_dir / "foreign").iterdir())) == 1
+    assert unfenced.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "nobody fences" in unfenced.details()

@@ -7,10 +7,11 @@ import pytest
 
 from csi_vduse.agent.model import AttachSpec
 from csi_vduse.dataplane.backend_spec import NullBackend
-from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, VOLUMES
+from csi_vduse.errors import Unavailable
+from csi_vduse.kube.resources import CORE_NODES, FINALIZER, NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.proto import csi_pb2
-from csi_vduse.services import remote, waiting
-from csi_vduse.volumes.ids import volume_id
+from csi_vduse.services import copies, node_status, node_work, remote, waiting
+from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.topology import TOPOLOGY_KEY
 from tests.unit.cluster.conftest import TIMEOUT_S, until
 from tests.unit.services.stack import GIB, MIB
@@ -104,6 +105,51 @@ async def test_an_attached_volume_is_not_deleted(cluster, one_node):
     assert one_node.image(volume.volume_id).exists()
     await one_node.agent.detach(volume.volume_id)
     await until(lambda: cluster.leftovers() == [])
+
+
+async def test_a_volume_goes_at_once_when_it_is_detached_though_the_next_try_is_far_off(
+    cluster, one_node, monkeypatch
+):
+    monkeypatch.setattr(node_work, "_FIRST_DELAY_S", 10 * TIMEOUT_S)
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("attachment"))
+    await cluster.api.delete(VOLUMES, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("error"))
+    await one_node.agent.detach(volume.volume_id)
+    await until(lambda: cluster.leftovers() == [])
+
+
+async def test_what_an_attempt_writes_does_not_bring_the_next_one(cluster, one_node, monkeypatch):
+    """Its own statuses came back through the watch: an application was held still again after a moment, for ever."""
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    await until(lambda: cluster.volume(volume.volume_id)["status"].get("attachment"))
+    monkeypatch.setattr(node_work, "_FIRST_DELAY_S", 10 * TIMEOUT_S)
+    one_node.agent.fail["quiesce"] = Unavailable("the worker is dead")
+    asking = asyncio.create_task(cluster.snapshot(volume.volume_id))
+    path = SNAPSHOTS.named(snapshot_id("s"))
+    await until(lambda: (cluster.server.object(path) or {}).get("status", {}).get("error"))
+    await asyncio.sleep(0.5)
+    assert one_node.agent.events.count(f"quiesce {volume.volume_id}") == 1
+    # Somebody who wants something else is not kept waiting.
+    await cluster.api.delete(SNAPSHOTS, snapshot_id("s"))
+    await until(lambda: cluster.server.object(path) is None)
+    asking.cancel()
+
+
+async def test_a_copy_that_does_not_fit_its_hold_is_refused_and_not_tried_again(
+    cluster, one_node, monkeypatch
+):
+    monkeypatch.setattr(copies, "_FIXED_S", 1e-6)
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
+    volume = await create_when_known(cluster)
+    await attach(one_node, volume.volume_id)
+    error = await failure(cluster.snapshot(volume.volume_id))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "detach" in error.details()
+    await until(lambda: cluster.server.object(SNAPSHOTS.named(snapshot_id("s"))) is None)
+    assert one_node.agent.events.count(f"quiesce {volume.volume_id}") == 1
 
 
 async def test_expand_grows_the_image_on_its_node(cluster, one_node):
@@ -215,6 +261,26 @@ async def test_a_node_that_left_the_cluster_takes_its_volumes_along(cluster, one
     await cluster.api.delete(NODES, "n1")  # what the garbage collector does when the Node is deleted
     await cluster.delete(volume.volume_id)
     assert cluster.server.object(VOLUMES.named(volume.volume_id)) is None
+
+
+async def test_a_plugin_that_runs_on_does_not_bring_a_node_back_that_left(cluster, one_node, monkeypatch):
+    """It made its VduseNode anew without an owner, and the volumes of the node could never be deleted."""
+    monkeypatch.setattr(node_status, "NODE_PERIOD_S", 0.05)
+    await cluster.stop("n1")
+    await cluster.start_node("n1")
+    volume = await create_when_known(cluster)
+    node = cluster.server.object(CORE_NODES.named("n1"))
+    await cluster.api.delete(CORE_NODES, "n1")
+    await cluster.api.delete(NODES, "n1")  # as the garbage collector does
+    asked = cluster.server.requests.count("GET /api/v1/nodes/n1")
+    await until(lambda: cluster.server.requests.count("GET /api/v1/nodes/n1") > asked + 3)
+    assert cluster.server.object(NODES.named("n1")) is None
+    # The Node may come back: a kubelet that runs registers it again.
+    await cluster.server.put(CORE_NODES.named("n1"), {**node, "metadata": {"name": "n1", "uid": "other"}})
+    await until(lambda: (cluster.server.object(NODES.named("n1")) or {}).get("status"))
+    owner = cluster.server.object(NODES.named("n1"))["metadata"]["ownerReferences"][0]
+    assert owner["uid"] == "other"
+    await cluster.delete(volume.volume_id)
 
 
 async def test_health_tells_of_a_lost_image(cluster, one_node, monkeypatch):

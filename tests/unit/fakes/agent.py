@@ -1,7 +1,7 @@
 """An agent in memory for tests of the controller: attachments without devices, holds without workers.
 
-Honest where it matters: a hold is counted, ends by itself after hold_s, and is refused by a dead worker or
-beyond 300 s, as the real agent does. `events` tells what happened in which order.
+Honest where it matters: a hold is counted, ends by itself after hold_s and with its worker, and is refused by a
+dead worker or beyond 300 s, as the real agent does. `events` tells what happened in which order.
 """
 
 from __future__ import annotations
@@ -85,7 +85,14 @@ class FakeAgent:
         return self.held_until_s.get(volume_id, 0.0) > time.monotonic()
 
     def set_state(self, volume_id: str, state: State) -> None:
-        self.attachments[volume_id] = replace(self.attachments[volume_id], state=state)
+        pid = 1 if state is State.ATTACHED else 0
+        self.attachments[volume_id] = replace(self.attachments[volume_id], state=state, worker_pid=pid)
+
+    def replace_worker(self, volume_id: str) -> None:
+        """As when one dies and the reviver starts another, which knows of no hold."""
+        attachment = self.attachments[volume_id]
+        self.attachments[volume_id] = replace(attachment, worker_pid=attachment.worker_pid + 1)
+        self.held_until_s.pop(volume_id, None)
 
     def _called(self, name: str, volume_id: str = "") -> None:
         self.events.append(f"{name} {volume_id}".strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -96,6 +97,39 @@ async def test_single_writer_gets_one_raw_device(loop_node: LoopNode) -> None:
     await loop_node.publish(volume, "one", use(None, EXCLUSIVE))
     with pytest.raises(FailedPrecondition, match="SINGLE_NODE_SINGLE_WRITER"):
         await loop_node.publish(volume, "two", use(None, EXCLUSIVE))
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", None])
+async def test_kubelet_s_own_binds_of_a_target_are_no_second_workload(
+    loop_node: LoopNode, filesystem: str | None
+) -> None:
+    """A kubelet that was restarted publishes again what it has mapped or bound subpaths of: it failed for ever."""
+    wanted = use(filesystem, EXCLUSIVE)
+    volume = await loop_node.create()
+    await loop_node.stage(volume, wanted)
+    target = await loop_node.publish(volume, "one", wanted)
+    of_kubelet = loop_node.directory / "volume-subpaths"
+    of_kubelet.mkdir() if filesystem else of_kubelet.touch()
+    subprocess.run(["mount", "--bind", target, of_kubelet], check=True)
+    await loop_node.publish(volume, "one", wanted)
+    with pytest.raises(FailedPrecondition, match="SINGLE_NODE_SINGLE_WRITER"):
+        await loop_node.publish(volume, "two", wanted)
+
+
+async def test_a_stale_mount_at_the_target_does_not_count_as_published(loop_node: LoopNode) -> None:
+    """It was taken off, and the look from before counted it: the workload got an empty directory."""
+    gone, volume = await loop_node.create("gone"), await loop_node.create()
+    await loop_node.stage(gone, use())
+    target = await loop_node.publish(gone, "pod", use())
+    attachment = loop_node.agent.attachments.pop(gone.id)
+    assert attachment.device is not None
+    number = f"{attachment.device.major}:{attachment.device.minor}"
+    shutil.rmtree(loop_node.agent.sysfs / "dev/block" / number)
+    path = await loop_node.stage(volume, use())
+    Path(path, "f").write_text("x")
+    await loop_node.publish(volume, "pod", use())
+    loop_node.agent.attachments[gone.id] = attachment  # the loop device itself is there, and to be given back
+    assert Path(target, "f").read_text() == "x"
 
 
 async def test_vm_disk_is_bound_as_a_character_device(loop_node: LoopNode) -> None:

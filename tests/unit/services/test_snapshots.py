@@ -10,6 +10,7 @@ from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.errors import (
     AlreadyExists,
     DeadlineExceeded,
+    FailedPrecondition,
     InvalidArgument,
     NotFound,
     OutOfRange,
@@ -187,12 +188,49 @@ async def test_an_attached_volume_is_held_while_it_is_copied(stack, attached, mo
 
 async def test_a_volume_goes_on_after_a_failed_copy_and_nothing_is_left(stack, attached, monkeypatch):
     before = stack.leftovers()
-    monkeypatch.setattr(copies, "_FIXED_S", 0.0)
-    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
-    with pytest.raises(DeadlineExceeded):
+    without_time_to_copy(monkeypatch)
+    with pytest.raises(FailedPrecondition, match="detach"):
         await stack.snapshot(attached.volume_id)
     assert not stack.agent.held_until_s
     assert stack.leftovers() == before
+
+
+def without_time_to_copy(monkeypatch):
+    monkeypatch.setattr(copies, "_FIXED_S", 1e-6)
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 1 << 60)
+
+
+async def test_a_volume_that_was_held_in_vain_is_spared_for_a_while(stack, attached, monkeypatch):
+    """Sidecars try again after seconds, for ever: the application stood still most of the time."""
+    monkeypatch.setattr(copies, "_SPARED_FACTOR", 1e9)
+    with monkeypatch.context() as slow:
+        without_time_to_copy(slow)
+        with pytest.raises(FailedPrecondition, match="longer than"):
+            await stack.snapshot(attached.volume_id)
+    stack.agent.events.clear()
+    for attempt in (stack.snapshot(attached.volume_id), stack.create("c", from_volume=attached.volume_id)):
+        with pytest.raises(FailedPrecondition, match="not held again"):
+            await attempt
+    assert f"quiesce {attached.volume_id}" not in stack.agent.events
+    await stack.agent.detach(attached.volume_id)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_volume_that_was_held_in_vain_is_held_again_some_day(stack, attached, monkeypatch):
+    monkeypatch.setattr(copies, "_SPARED_FACTOR", 0)
+    with monkeypatch.context() as slow:
+        without_time_to_copy(slow)
+        with pytest.raises(FailedPrecondition, match="longer than"):
+            await stack.snapshot(attached.volume_id)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_worker_that_is_slow_to_hold_still_is_asked_again(stack, attached):
+    stack.agent.fail["quiesce"] = DeadlineExceeded("requests in flight do not end")
+    with pytest.raises(DeadlineExceeded):
+        await stack.snapshot(attached.volume_id)
+    del stack.agent.fail["quiesce"]
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
 
 
 async def test_a_volume_whose_worker_is_dead_is_not_copied(stack, attached):
@@ -217,7 +255,78 @@ async def test_a_hold_whose_answer_is_lost_is_ended_at_once(stack, attached, mon
 
 
 async def test_a_copy_counts_even_if_resume_fails_for_the_hold_ends_by_itself(stack, attached):
-    stack.agent.fail["resume"] = Unavailable("gone")
+    """As long as the agent still tells of the worker that held; without the agent nobody knows."""
+    stack.agent.fail["resume"] = DeadlineExceeded("the worker did not answer in time")
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+@pytest.fixture
+def during_the_copy(monkeypatch):
+    """Lets something happen after the copy's bytes are there and before it is known to be good."""
+
+    def arrange(act):
+        def copy(*args, **kwargs):
+            original(*args, **kwargs)
+            act()
+
+        original = copying.copy_image
+        monkeypatch.setattr("csi_vduse.backends.file.copy_image", copy)
+
+    return arrange
+
+
+@pytest.mark.parametrize("as_it_ends", ["another serves", "dead", "broken", "detached"])
+async def test_a_copy_whose_worker_died_under_it_does_not_count(stack, attached, during_the_copy, as_it_ends):
+    """It was READY, and a silent mixture: the next worker knew of no hold and wrote under the copy."""
+
+    def die():
+        match as_it_ends:
+            case "another serves":
+                stack.agent.replace_worker(attached.volume_id)
+            case "dead":
+                stack.agent.set_state(attached.volume_id, State.WORKER_DEAD)
+            case "broken":
+                stack.agent.set_state(attached.volume_id, State.BROKEN)
+            case "detached":
+                del stack.agent.attachments[attached.volume_id]
+
+    during_the_copy(die)
+    before = stack.leftovers()
+    with pytest.raises(Unavailable, match="discarded"):
+        await stack.snapshot(attached.volume_id)
+    assert stack.leftovers() == before
+
+
+async def test_a_clone_whose_source_s_worker_died_under_it_does_not_count(stack, attached, during_the_copy):
+    before = stack.leftovers()
+    during_the_copy(lambda: stack.agent.replace_worker(attached.volume_id))
+    with pytest.raises(Unavailable, match="discarded"):
+        await stack.create("clone", from_volume=attached.volume_id)
+    assert stack.leftovers() == before
+
+
+async def test_a_worker_that_dies_between_the_look_and_the_hold_makes_no_copy(stack, attached, monkeypatch):
+    hold = stack.agent.quiesce
+
+    async def late(volume_id, hold_s):
+        await hold(volume_id, hold_s)
+        stack.agent.replace_worker(volume_id)
+
+    monkeypatch.setattr(stack.agent, "quiesce", late)
+    with pytest.raises(Unavailable, match="discarded"):
+        await stack.snapshot(attached.volume_id)
+
+
+async def test_a_copy_does_not_count_if_nobody_knows_whose_worker_serves(stack, attached, during_the_copy):
+    before = stack.leftovers()
+    during_the_copy(lambda: stack.agent.fail.update(list=Unavailable("no agent")))
+    with pytest.raises(Unavailable, match="no agent"):
+        await stack.snapshot(attached.volume_id)
+    assert stack.leftovers() == before
+
+
+async def test_the_image_of_a_broken_device_can_be_copied(stack, attached):
+    stack.agent.set_state(attached.volume_id, State.BROKEN)
     assert (await stack.snapshot(attached.volume_id)).ready_to_use
 
 
