@@ -164,7 +164,7 @@ class Agent:
             raise InvalidArgument(
                 f"cannot hold requests for {hold_s:g} s", hint=f"use up to {MAX_HOLD_S:g} s"
             )
-        if volume_id in self._volumes.busy:
+        if self._volumes.is_busy(volume_id):
             raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
         worker = self._volumes.workers.get(volume_id)
         if worker is not None:
@@ -296,8 +296,7 @@ class Agent:
             return self._volumes.current(spec.volume_id)
 
     async def _detach(self, volume_id: str, *, force: bool) -> None:
-        await self._volumes.reviver.stop(volume_id)  # detach gives the volume the worker that it needs
-        async with self._volumes.alone(volume_id):
+        async with self._volumes.alone(volume_id, instead_of_reviver=True):
             attachment = self._volumes.known.get(volume_id)
             if attachment is None:
                 return
