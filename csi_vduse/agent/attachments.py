@@ -132,7 +132,13 @@ class Attachments:
     async def adopt(self, attachment: Attachment) -> None:
         """Take over a volume that an earlier agent attached: its worker, or if none serves, another one."""
         self.known[attachment.volume_id] = attachment
-        worker = await self.find_worker(attachment)
+        try:
+            worker = await self.find_worker(attachment)
+        except (VduseError, OSError):
+            self.reviver.worker_died(
+                attachment.volume_id
+            )  # if there is one, nobody can start another before it ends
+            raise
         if worker is None:
             self.reviver.worker_died(attachment.volume_id)
             return
@@ -194,6 +200,13 @@ class Attachments:
             self.broken.add(volume_id)
             log.get().error("the kernel gave a device up", volume_id=volume_id)
         return answer
+
+    def forget(self, volume_id: str) -> None:
+        """Forget a volume that is no longer attached."""
+        del self.known[volume_id]
+        self.workers.pop(volume_id, None)
+        self.broken.discard(volume_id)
+        self.reviver.forget(volume_id)
 
     def settle(self, spec: AttachSpec) -> None:
         """After a failed attach: forget it, unless its undo failed too, which left a record for detach."""
