@@ -117,6 +117,24 @@ async def test_one_that_failed_in_the_middle_is_finished_by_an_attach(
     assert_nothing_left(kernel, workers, node)
 
 
+@pytest.mark.parametrize("force", [False, True])
+async def test_an_unbind_whose_worker_died_gets_another_worker(
+    agent: Agent, kernel: FakeKernel, workers: FakeWorkers, node: Node, *, force: bool
+):
+    """It looks unbound: the link `driver` goes before the reset that waits for the worker."""
+    await agent.attach(SPEC)
+    kernel.fail["bus detach"] = DeadlineExceeded("stuck")
+    with pytest.raises(DeadlineExceeded):
+        await agent.detach("vol-1", force=force)
+    (kernel.on_bus("vol-1") / "driver").unlink()
+    for process in workers.processes:
+        process.kill()
+    await until(lambda: agent.attachments()[0].worker_pid == 0)
+    kernel.fail.clear()
+    await agent.detach("vol-1")  # the fake kernel fails the test if nobody serves
+    assert_nothing_left(kernel, workers, node)
+
+
 async def test_a_volume_whose_worker_cannot_be_found_at_first_is_served_again_when_that_dies(
     agent: Agent, workers: FakeWorkers, node: Node, monkeypatch: pytest.MonkeyPatch
 ):
