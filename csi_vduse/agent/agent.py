@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -25,6 +26,7 @@ from csi_vduse.agent.detach import detach
 from csi_vduse.agent.handover import handover
 from csi_vduse.agent.limits import this_machine, volume_limit
 from csi_vduse.agent.model import (
+    HALF_WAY,
     Attachment,
     AttachSpec,
     Bus,
@@ -94,12 +96,14 @@ class Agent:
     async def attach(self, spec: AttachSpec) -> Attachment:
         """Attach a volume; returns the existing attachment if it is the one asked for.
 
-        Capacity and throttle are not compared: they change later, and a repeated request may carry older ones.
+        Capacity and throttle are not compared: they change later, and a repeated request may carry older ones. What
+        a failed attach or detach left half-way is removed first: nobody else may ask for that any more.
 
         Raises:
             AlreadyExists: attached with other settings, or a foreign device has the name.
             ResourceExhausted: the node has its maximum of volumes.
             Unavailable: attached, but its worker is dead.
+            FailedPrecondition, DeadlineExceeded: as the detach of what was half-way said.
         """
         if self._refusing:
             raise Unavailable(f"no volume is attached any more: {self._refusing}")
@@ -164,7 +168,7 @@ class Agent:
             raise InvalidArgument(
                 f"cannot hold requests for {hold_s:g} s", hint=f"use up to {MAX_HOLD_S:g} s"
             )
-        if volume_id in self._volumes.busy:
+        if self._volumes.is_busy(volume_id):
             raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
         worker = self._volumes.workers.get(volume_id)
         if worker is not None:
@@ -270,7 +274,9 @@ class Agent:
     async def _attach(self, spec: AttachSpec) -> Attachment:
         async with self._volumes.alone(spec.volume_id):
             existing = self._volumes.known.get(spec.volume_id)
-            if existing is not None:
+            if existing is not None and existing.state in HALF_WAY:
+                await self._remove(existing, force=False)
+            elif existing is not None:
                 return self._same(existing, spec)
             if len(self._volumes.known) >= self._max_volumes:
                 raise ResourceExhausted(
@@ -296,30 +302,24 @@ class Agent:
             return self._volumes.current(spec.volume_id)
 
     async def _detach(self, volume_id: str, *, force: bool) -> None:
-        await self._volumes.reviver.stop(volume_id)  # detach gives the volume the worker that it needs
-        async with self._volumes.alone(volume_id):
+        async with self._volumes.alone(volume_id, instead_of_reviver=True):
             attachment = self._volumes.known.get(volume_id)
-            if attachment is None:
-                return
-            worker = self._volumes.workers.get(volume_id)
-            if worker is not None:
-                worker.on_exit = None
-            try:
-                await detach(
-                    self._node,
-                    attachment,
-                    worker,
-                    adopt=lambda found: self._volumes.workers.__setitem__(volume_id, found),
-                    force=force,
-                )
-            except BaseException:
-                self._volumes.take_stock(volume_id)
-                raise
-            del self._volumes.known[volume_id]
-            self._volumes.workers.pop(volume_id, None)
-            self._volumes.broken.discard(volume_id)
-            self._volumes.reviver.forget(volume_id)
-            log.get().info("detached", volume_id=volume_id)
+            if attachment is not None:
+                await self._remove(attachment, force=force)
+
+    async def _remove(self, attachment: Attachment, *, force: bool) -> None:
+        volume_id = attachment.volume_id
+        worker = self._volumes.workers.get(volume_id)
+        if worker is not None:
+            worker.on_exit = None
+        try:
+            adopt = functools.partial(self._volumes.workers.__setitem__, volume_id)
+            await detach(self._node, attachment, worker, adopt=adopt, force=force)
+        except BaseException:
+            self._volumes.take_stock(volume_id)
+            raise
+        self._volumes.forget(volume_id)
+        log.get().info("detached", volume_id=volume_id)
 
     async def _resize(self, volume_id: str, capacity_bytes: int) -> Attachment:
         async with self._volumes.alone(volume_id):

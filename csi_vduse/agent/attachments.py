@@ -30,7 +30,8 @@ class Attachments:
         self._exit_code = exit_code
         self.known: dict[str, Attachment] = {}
         self.workers: dict[str, Worker] = {}
-        self.busy: set[str] = set()
+        self._in_operation: set[str] = set()
+        self._in_revival: set[str] = set()
         self.broken: set[str] = set()
         # What requests wait for, as the workers said when they were last asked.
         self._waits: dict[str, str] = {}
@@ -81,16 +82,26 @@ class Attachments:
             worker_pid=0,
         )
 
+    def is_busy(self, volume_id: str) -> bool:
+        """Whether an operation, or the reviver, has a volume."""
+        return volume_id in self._in_operation or volume_id in self._in_revival
+
     @asynccontextmanager
-    async def alone(self, volume_id: str) -> AsyncIterator[None]:
-        """Have a volume for an operation; Pending if another one has it."""
-        if volume_id in self.busy:
+    async def alone(self, volume_id: str, *, instead_of_reviver: bool = False) -> AsyncIterator[None]:
+        """Have a volume for an operation; Pending if another one has it.
+
+        instead_of_reviver: the operation gives the volume the worker that it needs, so the reviver is stopped, and what
+            it began is undone. One that is Pending leaves the reviver alone.
+        """
+        if volume_id in self._in_operation or (volume_id in self._in_revival and not instead_of_reviver):
             raise Pending(f"another operation on volume {volume_id} is under way", hint="retry")
-        self.busy.add(volume_id)
+        self._in_operation.add(volume_id)
         try:
+            if instead_of_reviver:
+                await self.reviver.stop(volume_id)
             yield
         finally:
-            self.busy.discard(volume_id)
+            self._in_operation.discard(volume_id)
 
     def hold(self, volume_id: str, worker: Worker) -> None:
         """Take a worker for the one that serves a volume, and see to it that its death is known."""
@@ -121,7 +132,13 @@ class Attachments:
     async def adopt(self, attachment: Attachment) -> None:
         """Take over a volume that an earlier agent attached: its worker, or if none serves, another one."""
         self.known[attachment.volume_id] = attachment
-        worker = await self.find_worker(attachment)
+        try:
+            worker = await self.find_worker(attachment)
+        except (VduseError, OSError):
+            self.reviver.worker_died(
+                attachment.volume_id
+            )  # if there is one, nobody can start another before it ends
+            raise
         if worker is None:
             self.reviver.worker_died(attachment.volume_id)
             return
@@ -139,27 +156,34 @@ class Attachments:
 
     async def _serve_again(self, volume_id: str) -> None:
         """Start another worker for a volume whose worker died; see Reviver."""
-        async with self.alone(volume_id):
-            attachment = self.known.get(volume_id)
-            if attachment is None or attachment.state is not State.ATTACHED or volume_id in self.workers:
-                return
-            started = time.monotonic()
-            limits = attachment.spec.throttle
-            try:
-                async with AsyncExitStack() as undo:
-                    worker = await start_worker(self._node, attachment.spec, undo, resume=True, limits=limits)
-                    undo.pop_all()
-            except DeviceBroken:
-                self.broken.add(volume_id)  # after the undo: who sees it may detach at once
-                raise
-            self.hold(volume_id, worker)
-            self.record(replace(attachment, worker_pid=worker.pid))
-            log.get().info(
-                "served again",
-                volume_id=volume_id,
-                worker_pid=worker.pid,
-                seconds=round(time.monotonic() - started, 3),
-            )
+        if self.is_busy(volume_id):
+            raise Pending(f"an operation on volume {volume_id} is under way")
+        attachment = self.known.get(volume_id)
+        if attachment is None or attachment.state is not State.ATTACHED or volume_id in self.workers:
+            return
+        started = time.monotonic()
+        self._in_revival.add(volume_id)
+        try:
+            await self._start_again(attachment)
+        except DeviceBroken:
+            self.broken.add(volume_id)  # after the undo: who sees it may detach at once
+            raise
+        finally:
+            self._in_revival.discard(volume_id)
+        log.get().info(
+            "served again",
+            volume_id=volume_id,
+            worker_pid=self.known[volume_id].worker_pid,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    async def _start_again(self, attachment: Attachment) -> None:
+        spec = attachment.spec
+        async with AsyncExitStack() as undo:
+            worker = await start_worker(self._node, spec, undo, resume=True, limits=spec.throttle)
+            undo.pop_all()
+        self.hold(attachment.volume_id, worker)
+        self.record(replace(attachment, worker_pid=worker.pid))
 
     async def ask(self, volume_id: str) -> dict[str, Any] | None:
         """Return what the worker of a volume counts, or None if none answers."""
@@ -177,6 +201,13 @@ class Attachments:
             log.get().error("the kernel gave a device up", volume_id=volume_id)
         return answer
 
+    def forget(self, volume_id: str) -> None:
+        """Forget a volume that is no longer attached."""
+        del self.known[volume_id]
+        self.workers.pop(volume_id, None)
+        self.broken.discard(volume_id)
+        self.reviver.forget(volume_id)
+
     def settle(self, spec: AttachSpec) -> None:
         """After a failed attach: forget it, unless its undo failed too, which left a record for detach."""
         self.known.pop(spec.volume_id, None)
@@ -192,7 +223,11 @@ class Attachments:
                 self.hold(volume_id, worker)
             else:
                 worker.close()
-        attachment = self._node.store.find(device_name(volume_id))
+        try:
+            attachment = self._node.store.find(device_name(volume_id))
+        except (VduseError, OSError) as error:
+            log.get().error("the record of a volume cannot be read", volume_id=volume_id, error=str(error))
+            attachment = self.known[volume_id]
         if attachment is not None:
             self.known[volume_id] = attachment
             if attachment.state is State.ATTACHED and volume_id not in self.workers:

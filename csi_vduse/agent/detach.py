@@ -4,6 +4,7 @@ Kept true:
 - A device is unbound only while a worker serves it: without one that would hang, in a place of the kernel that
   cannot be interrupted. A dead worker is replaced first, and one that dies meanwhile too. A device that the kernel has
   given up needs none.
+- An unbind that hung goes on when a worker serves again; the device is not taken off the bus before it has ended.
 - Every step is fine if it was done before, so a detach that failed or was killed is finished by the next one.
 - While a disk is being removed we hold it exclusively: nobody mounts it between the look and the act.
 - By force, a device that has users goes too, and its backend is not waited for: another worker fails everything that
@@ -64,7 +65,7 @@ async def detach(
         adopt(started)
         return started
 
-    if attachment.forced and node.sysfs.driver(name) is not None:
+    if attachment.forced and node.sysfs.is_held_by_driver(name):
         if attachment.spec.bus is Bus.VHOST:
             await _refuse_if_used(node, attachment)  # vhost_vdpa waits for who has it open, whatever we do
         node.store.save(replace(attachment, state=State.DETACHING, state_reason="by force"))
@@ -72,7 +73,7 @@ async def detach(
             await _end(worker)
         worker = await replacement()
         log.get().warning("a volume is detached by force: its requests fail", volume_id=attachment.volume_id)
-    elif node.sysfs.driver(name) is not None:
+    elif node.sysfs.is_held_by_driver(name):
         if worker is None or not worker.alive:
             # What the dead one left is finished first: who has the disk open may only wait for that.
             worker = await _unless_given_up(node, attachment, replacement)
@@ -151,8 +152,11 @@ async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
 
 @asynccontextmanager
 async def _claimed(node: Node, attachment: Attachment) -> AsyncIterator[None]:
-    device = node.sysfs.find_disk(attachment.device_name) if attachment.spec.bus is Bus.VIRTIO else None
-    if attachment.forced or device is None or not device.path.exists():
+    name = attachment.device_name
+    device = node.sysfs.find_disk(name) if attachment.spec.bus is Bus.VIRTIO else None
+    # Without a driver the disk is on its way out, and nobody can open it any more.
+    going = node.sysfs.driver(name) is None
+    if attachment.forced or going or device is None or not device.path.exists():
         yield
         return
     fd = await bounded(

@@ -55,6 +55,10 @@ class State(StrEnum):
     BROKEN = "broken"
 
 
+# Recorded by an operation that may have ended before it was done.
+HALF_WAY = frozenset({State.ATTACHING, State.DETACHING})
+
+
 def count_states(states: Iterable[State]) -> dict[str, int]:
     """How many attachments are in each state; those without any too, for whoever watches them."""
     found = Counter(states)

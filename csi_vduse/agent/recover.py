@@ -11,14 +11,13 @@ from collections.abc import Awaitable, Callable
 from csi_vduse import log
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.attachments import Attachments
-from csi_vduse.agent.model import State
+from csi_vduse.agent.model import HALF_WAY
 from csi_vduse.agent.recovery import Adopt, Destroy, Finish, Forget, Step, observe, plan
 from csi_vduse.agent.workers import end_workers
 from csi_vduse.errors import VduseError
 
 COLLECT_PAUSE_S = 15.0
 _FINISH_AT_ONCE_S = 10.0
-_HALF_WAY = frozenset({State.ATTACHING, State.DETACHING})
 
 
 class Recovery:
@@ -44,7 +43,7 @@ class Recovery:
                 log.get().warning("recovery", step=str(step))
             try:
                 await self._apply(step)
-            except VduseError as error:
+            except (VduseError, OSError) as error:
                 log.get().error("recovery goes on without this", step=str(step), error=str(error))
         if self._leftovers:
             self._collecting = asyncio.get_running_loop().create_task(self._collect())
@@ -61,8 +60,8 @@ class Recovery:
                 await self._volumes.adopt(attachment)
             case Finish(attachment):
                 self._volumes.known[attachment.volume_id] = attachment
+                self._leftovers.add(attachment.volume_id)  # whatever comes of the search for its worker
                 await self._volumes.find_worker(attachment)
-                self._leftovers.add(attachment.volume_id)
             case Forget(name):
                 store = self._node.store
                 await end_workers(store.control_path(name), store.next_control_path(name))
@@ -76,14 +75,16 @@ class Recovery:
             for volume_id in sorted(self._leftovers):
                 try:
                     await self._remove(volume_id)
-                except VduseError as error:
+                except (VduseError, OSError) as error:
                     log.get().error("a leftover cannot be removed yet", volume_id=volume_id, error=str(error))
             if not self._leftovers:
                 return
             await asyncio.sleep(COLLECT_PAUSE_S)
 
     async def _remove(self, volume_id: str) -> None:
+        if self._volumes.is_busy(volume_id):
+            return  # somebody attaches or detaches it: we look again at what comes of that
         attachment = self._volumes.known.get(volume_id)
-        if attachment is not None and attachment.state in _HALF_WAY:
+        if attachment is not None and attachment.state in HALF_WAY:
             await self._detach(volume_id)
         self._leftovers.discard(volume_id)

@@ -27,7 +27,7 @@ class Reviver:
 
     Args:
         start: gives a volume a worker, unless it needs none any more. Raises Pending while another operation
-            has the volume, and otherwise why it failed.
+            has the volume, and otherwise why it failed: VduseError or OSError.
     """
 
     def __init__(self, start: Callable[[str], Awaitable[None]]) -> None:
@@ -69,6 +69,8 @@ class Reviver:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            if self._tasks.get(volume_id) is task:
+                del self._tasks[volume_id]  # it had not begun, and so did not see to that
 
     async def close(self) -> None:
         """Stop looking; the next agent goes on."""
@@ -96,7 +98,7 @@ class Reviver:
             self._reasons[volume_id] = str(error)
             self._hopeless.add(volume_id)
             log.get().error("a volume cannot be served again", volume_id=volume_id, error=str(error))
-        except VduseError as error:
+        except (VduseError, OSError) as error:  # want of descriptors or memory passes too
             self._reasons[volume_id] = str(error)
             log.get().warning(
                 "no worker for a volume yet; its I/O waits",

@@ -10,7 +10,9 @@ Kept true:
   start to adopt.
 - An agent that ends before it has reported itself ready has a problem that a restart cannot mend: its exit
   code becomes ours, unless workers of ours live, which may end with us: then it is tried again.
-- An agent that leaves to another one is not started again; this process ends with its last worker.
+- An agent that leaves to another one is not started again while there is one. This process ends with its last worker,
+  unless it is to stay: in Kubernetes it would be started anew, and would take everything back in a pod that is about to
+  be deleted. If nobody has had our place for VACANT_S our agent is started again: workers are not left without one.
 - SIGHUP executes the program anew in this process, which keeps its number and its children: so an upgrade in place
   reaches what later workers are forked from.
 
@@ -44,6 +46,9 @@ WorkerMain = Callable[[socket.socket, str], int]
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
+# Longer than another spawner pauses before it starts its agent again, and than that takes to begin.
+VACANT_S = 30.0
+LOOK_S = 5.0
 _STABLE_S = 60.0  # an agent that ran for so long is restarted without delay
 _AGENT_STOP_S = 30.0
 _SEND_TIMEOUT_S = 5.0
@@ -75,19 +80,27 @@ def fork_worker(worker_main: WorkerMain, listen_path: str) -> SpawnedWorker:
     return SpawnedWorker(pid, os.pidfd_open(pid), ours)
 
 
-def run_spawner(agent_main: AgentMain, worker_main: WorkerMain) -> int:
+def run_spawner(
+    agent_main: AgentMain, worker_main: WorkerMain, *, vacant: Callable[[], bool], stay: bool = False
+) -> int:
     """Run until SIGTERM or SIGINT, or until the agent fails to start; return the exit code.
 
     agent_main: runs in a child, given its end of the channel; may import anything.
     worker_main: runs in a child per worker, given its control socket and the path it listens on.
+    vacant: whether no agent has our agent's place now; must not wait.
+    stay: do not end when another agent has taken over all our workers.
     """
-    return _Spawner(agent_main, worker_main).run()
+    return _Spawner(agent_main, worker_main, vacant=vacant, stay=stay).run()
 
 
 class _Spawner:
-    def __init__(self, agent_main: AgentMain, worker_main: WorkerMain) -> None:
+    def __init__(
+        self, agent_main: AgentMain, worker_main: WorkerMain, *, vacant: Callable[[], bool], stay: bool
+    ) -> None:
         self._agent_main = agent_main
         self._worker_main = worker_main
+        self._vacant = vacant
+        self._stay = stay
         self._selector = selectors.DefaultSelector()
         self._agent_pid = 0
         self._agent_socket: socket.socket | None = None
@@ -98,6 +111,8 @@ class _Spawner:
         # Those of the program that was here before SIGHUP are children of ours too.
         self._workers = {int(pid) for pid in os.environ.pop(_WORKERS_VARIABLE, "").split()}
         self._leaving = False
+        self._last_taken = 0.0  # when another agent was last seen in our agent's place
+        self._look_at = 0.0
         self._reload = False
         self._stop_deadline: float | None = None
         self._exit_code: int | None = None
@@ -152,8 +167,8 @@ class _Spawner:
         now = time.monotonic()
         if self._stop_deadline is not None:
             return max(0.0, self._stop_deadline - now)
-        if not self._agent_pid and not self._leaving:
-            return max(0.0, self._restart_at - now)
+        if not self._agent_pid:
+            return max(0.0, (self._look_at if self._leaving else self._restart_at) - now)
         return None
 
     def _keep_agent(self) -> None:
@@ -169,11 +184,23 @@ class _Spawner:
         elif self._agent_pid:
             return
         elif self._leaving:
-            self._exit_code = None if self._workers else 0
+            self._while_replaced(now)
         elif self._reload:
             self._execute_anew()
         elif now >= self._restart_at:
             self._start_agent()
+
+    def _while_replaced(self, now: float) -> None:
+        """Another agent has our agent's place: end when nobody needs us, or go back if it is gone."""
+        if not self._workers and not self._stay:
+            self._exit_code = 0
+        elif now >= self._look_at:
+            self._look_at = now + LOOK_S
+            if not self._vacant():
+                self._last_taken = now
+            elif now - self._last_taken >= VACANT_S:
+                self._log.warning("the other agent is gone; ours starts again", workers=len(self._workers))
+                self._leaving, self._restart_at = False, now
 
     def _start_agent(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -201,6 +228,7 @@ class _Spawner:
         if request.get("op") in {"ready", "leaving"}:
             self._agent_ready = True
             self._leaving = request["op"] == "leaving"
+            self._last_taken = time.monotonic()
             return
         try:
             self._spawn(agent, request)

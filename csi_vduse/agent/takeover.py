@@ -10,8 +10,6 @@ Kept true: workers change hands one at a time; one that cannot be handed over se
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +19,7 @@ from pathlib import Path
 from csi_vduse import log
 from csi_vduse.agent.agent import Agent
 from csi_vduse.agent.client import AgentClient
+from csi_vduse.agent.place import lock, open_place
 from csi_vduse.config import AgentConfig
 from csi_vduse.errors import FailedPrecondition, Unavailable, Unimplemented, VduseError
 
@@ -34,15 +33,15 @@ _ROUND_PAUSE_S = 5.0
 
 @asynccontextmanager
 async def only_agent(config: AgentConfig) -> AsyncIterator[None]:
-    """Be the one agent of the run directory: a lock on it, which the kernel drops with the process.
+    """Be the one agent of the run directory, which is locked (place.py).
 
     Raises:
         FailedPrecondition: another agent has it, and we are not to take its place, or it does not leave.
     """
-    fd = os.open(config.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = open_place(config.run_dir)
     try:
         deadline = time.monotonic() + LEAVE_TIMEOUT_S
-        while not _locked(fd):
+        while not lock(fd):
             if not config.take_over or time.monotonic() > deadline:
                 raise FailedPrecondition(
                     f"another agent uses the run directory {config.run_dir}",
@@ -74,16 +73,6 @@ async def hand_over_workers(agent: Agent) -> list[str]:
                 break
             await asyncio.sleep(_ROUND_PAUSE_S)
     return left
-
-
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            return False
-        raise
-    return True
 
 
 async def _ask_to_leave(socket_path: Path) -> None:

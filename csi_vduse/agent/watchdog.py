@@ -4,15 +4,14 @@ A worker has msg_timeout (30 s) for the answer to a control message, and a devic
 A worker that is killed in time is replaced, and the kernel asks its successor: all that the application sees is a pause.
 
 Kept true: whoever is killed has had longer than a healthy worker can be busy (a drain, 5 s and a little for each
-queue), and what is left of msg_timeout is enough to start another one. He is asked twice: where the whole machine
-stood still, the first answer is late for both. A worker that sleeps until something comes is well, and is not asked: an
-idle volume costs no processor time.
+queue), and what is left of msg_timeout is enough to start another one, whatever the other workers do. He is asked twice:
+where the whole machine stood still, the first answer is late for both. A worker that sleeps until something comes is
+well, and is not asked: an idle volume costs no processor time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Final
 
@@ -44,22 +43,33 @@ class Watchdog:
 
     def __init__(self, volumes: Attachments) -> None:
         self._volumes = volumes
+        self._asked: dict[Worker, asyncio.Task[None]] = {}
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
         """Stop asking."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        tasks = [self._task, *self._asked.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(PAUSE_S)
-            await asyncio.gather(*(self._ask(*item) for item in self._volumes.workers.items()))
+            for volume_id, worker in self._volumes.workers.items():
+                if worker not in self._asked:
+                    self._asked[worker] = asyncio.get_running_loop().create_task(self._ask(volume_id, worker))
 
     async def _ask(self, volume_id: str, worker: Worker) -> None:
-        if is_waiting(worker.pid):
-            return
+        try:
+            if is_waiting(worker.pid) or await self._answers(worker):
+                return
+            log.get().error("a worker does not answer; it is killed", volume_id=volume_id, pid=worker.pid)
+            worker.shoot()
+        finally:
+            del self._asked[worker]
+
+    async def _answers(self, worker: Worker) -> bool:
         for timeout_s in (ANSWER_TIMEOUT_S, SECOND_TIMEOUT_S):
             try:
                 await worker.call({"op": "ping"}, timeout_s=timeout_s)
@@ -67,6 +77,5 @@ class Watchdog:
                 continue
             except VduseError:
                 pass  # it is dead already, which others see to
-            return
-        log.get().error("a worker does not answer; it is killed", volume_id=volume_id, pid=worker.pid)
-        worker.shoot()
+            return True
+        return False

@@ -166,7 +166,7 @@ class SpawnerClient:
         channel.send(self._socket, {"op": "ready"})
 
     def report_leaving(self) -> None:
-        """Tell the spawner that another agent takes our place: it starts none, and ends with its last worker."""
+        """Tell the spawner that another agent takes our place: it starts none while there is one."""
         channel.send(self._socket, {"op": "leaving"})
 
     def exit_code(self, pid: int) -> int | None:

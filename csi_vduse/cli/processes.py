@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.kernel import VduseKernel
+from csi_vduse.agent.place import is_vacant
 from csi_vduse.agent.spawner import run_spawner
 from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import WorkerSource
@@ -33,7 +34,9 @@ def run_under_spawner(config: AgentConfig, make_companion: Callable[[], Companio
 
         return run_agent(config, sock, make_companion() if make_companion is not None else None)
 
-    return run_spawner(agent_main, run_worker)
+    return run_spawner(
+        agent_main, run_worker, vacant=lambda: is_vacant(config.run_dir), stay=config.take_over
+    )
 
 
 @asynccontextmanager

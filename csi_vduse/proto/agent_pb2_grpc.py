@@ -106,7 +106,7 @@ class AgentServicer:
 
     def Attach(self, request, context):
         """Makes the device, starts its worker, binds the bus. Asking again for the same attachment returns it;
-        asking with other settings is ALREADY_EXISTS.
+        asking with other settings is ALREADY_EXISTS. What a failed attach or detach left is detached first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

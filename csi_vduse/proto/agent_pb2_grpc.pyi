@@ -35,7 +35,7 @@ class AgentStub:
     def __new__(cls, channel: _aio.Channel) -> AgentAsyncStub: ...
     Attach: _grpc.UnaryUnaryMultiCallable[_agent_pb2.AttachRequest, _agent_pb2.Attachment]
     """Makes the device, starts its worker, binds the bus. Asking again for the same attachment returns it;
-    asking with other settings is ALREADY_EXISTS.
+    asking with other settings is ALREADY_EXISTS. What a failed attach or detach left is detached first.
     """
     Detach: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DetachRequest, _agent_pb2.DetachResponse]
     """Unbinds and destroys. OK if nothing is attached. FAILED_PRECONDITION while the device is in use."""
@@ -72,7 +72,7 @@ class AgentAsyncStub(AgentStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.UnaryUnaryMultiCallable[_agent_pb2.AttachRequest, _agent_pb2.Attachment]  # type: ignore[assignment]
     """Makes the device, starts its worker, binds the bus. Asking again for the same attachment returns it;
-    asking with other settings is ALREADY_EXISTS.
+    asking with other settings is ALREADY_EXISTS. What a failed attach or detach left is detached first.
     """
     Detach: _aio.UnaryUnaryMultiCallable[_agent_pb2.DetachRequest, _agent_pb2.DetachResponse]  # type: ignore[assignment]
     """Unbinds and destroys. OK if nothing is attached. FAILED_PRECONDITION while the device is in use."""
@@ -112,7 +112,7 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Attachment, _abc.Awaitable[_agent_pb2.Attachment]]:
         """Makes the device, starts its worker, binds the bus. Asking again for the same attachment returns it;
-        asking with other settings is ALREADY_EXISTS.
+        asking with other settings is ALREADY_EXISTS. What a failed attach or detach left is detached first.
         """
 
     @_abc_1.abstractmethod

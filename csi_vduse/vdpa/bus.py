@@ -1,9 +1,9 @@
 """Giving a VDUSE device to a bus driver and taking it back.
 
 Order of attach: DEV_NEW with autoprobe off → driver_override → bind → find the disk or the character device.
-Order of detach: unbind → DEV_DEL. DEV_NEW and DEV_DEL therefore meet an unbound device and hold the
-machine-wide vDPA lock for a moment only; what can hang (probe, removal, both served by the worker) happens in
-bind and unbind, which lock this device alone, and in a process with a deadline.
+Order of detach: unbind → wait until the driver has let go → DEV_DEL. DEV_NEW and DEV_DEL therefore meet an unbound
+device and hold the machine-wide vDPA lock for a moment only; what can hang (probe, removal, both served by the worker)
+happens in bind and unbind, which lock this device alone, and in a process with a deadline.
 
 A VM's disk is never seen by the host's block layer: between DEV_NEW and bind the device has no driver.
 """
@@ -87,7 +87,19 @@ class VdpaBus:
                 # Somebody else unbound it in between: that is what we wanted.
                 if self.sysfs.driver(name) is not None:
                     raise
+        await self._wait_until_free(name, timeout_s)
         await self._netlink.remove(name, timeout_s=timeout_s)
+
+    async def _wait_until_free(self, name: str, timeout_s: float) -> None:
+        """Wait for an unbind that somebody began: DEV_DEL would wait for it too, with the machine-wide lock."""
+        deadline = time.monotonic() + timeout_s
+        while self.sysfs.is_held_by_driver(name):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"the driver of {name} has not let go of it within {timeout_s:g} s",
+                    hint="see the kernel log",
+                )
+            await asyncio.sleep(_POLL_S)
 
     async def _wait_for_device(self, name: str, bus: Bus, timeout_s: float) -> BusDevice:
         """Wait for what the driver makes: there at once, or later if virtio_blk is loaded on demand."""

@@ -82,6 +82,18 @@ class Sysfs:
         except OSError:
             return None
 
+    def is_held_by_driver(self, name: str) -> bool:
+        """Whether a bus driver has the device, or has not let go of it yet.
+
+        An unbind removes the link `driver` first and what the driver made of the device when that is done with
+        (__device_release_driver in drivers/base/dd.c): in between it waits for the worker. Not seen is vhost_vdpa that
+        waits for who has its character device open: it removes that first.
+        """
+        if self.driver(name) is not None:
+            return True
+        directory = self.device_dir(name)
+        return any(next(directory.glob(made), None) for made in ("virtio[0-9]*", "vhost-vdpa-*"))
+
     def has_driver(self, bus: Bus) -> bool:
         """Whether the bus driver is loaded."""
         return (self.bus_dir / "drivers" / bus.value).exists()

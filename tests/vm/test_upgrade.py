@@ -87,6 +87,9 @@ def test_from_a_release_to_the_next_and_back_as_a_surging_daemon_set_does_it(
             started.append(new)
             new.start_beside()
             old.disconnect()
+            if old is not own:
+                assert old.process.poll() is None  # it stays, see docs/upgrade.md
+                old.process.terminate()
             assert old.process.wait(120) == 0  # its last worker is gone
             seen = inspect(new).attachment
             assert (seen.state, seen.worker_version) == (agent_pb2.STATE_ATTACHED, version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import pytest
 
@@ -112,3 +113,37 @@ async def test_nobody_looks_for_a_worker_after_a_stop(pauses: list[float]):
     await reached.wait()
     await reviver.stop("vol")
     assert not reviver._tasks
+
+
+async def test_want_of_descriptors_does_not_end_the_search(pauses: list[float]):
+    errors: list[OSError] = [OSError(errno.EMFILE, "Too many open files")]
+    reasons = []
+
+    async def start(_volume_id: str) -> None:
+        reasons.append(reviver.reason("vol"))
+        if errors:
+            raise errors.pop()
+
+    reviver = Reviver(start)
+    reviver.worker_died("vol")
+    await ended(reviver)
+    assert len(reasons) == 2
+    assert "Too many open files" in reasons[1]
+
+
+async def test_a_search_that_is_stopped_before_it_began_does_not_keep_the_next_from_beginning(
+    pauses: list[float],
+):
+    starts = []
+
+    async def start(volume_id: str) -> None:
+        starts.append(volume_id)
+
+    reviver = Reviver(start)
+    reviver.worker_died("vol")
+    await reviver.stop("vol")
+    assert starts == []
+    reviver.worker_died("vol")
+    async with asyncio.timeout(10):
+        await ended(reviver)
+    assert starts == ["vol"]

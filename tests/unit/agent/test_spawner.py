@@ -16,7 +16,7 @@ import pytest
 PROGRAM = """
 import os, socket, sys, time
 from pathlib import Path
-from csi_vduse.agent.spawner import run_spawner
+from csi_vduse.agent import spawner
 from csi_vduse.dataplane import channel
 
 out = Path(sys.argv[1])
@@ -34,7 +34,7 @@ def agent(sock):
     answer, (control, pidfd) = channel.receive(sock)
     note(f"worker {answer['pid']}")
     worker = socket.socket(fileno=control)
-    if sys.argv[2] == "leave":
+    if sys.argv[2].startswith("leave"):
         channel.send(sock, {"op": "leaving"})
         return 0
     if sys.argv[2] == "fail-later":
@@ -58,7 +58,9 @@ def worker(control, listen_path):
 
 if sys.argv[2] == "reload-nothing":
     sys.executable = "/nowhere"
-sys.exit(run_spawner(agent, worker))
+spawner.VACANT_S, spawner.LOOK_S = 1.5, 0.05
+vacant = (out.parent / "vacant").exists
+sys.exit(spawner.run_spawner(agent, worker, vacant=vacant, stay=sys.argv[2] == "leave-and-stay"))
 """
 
 
@@ -66,6 +68,7 @@ class Running:
     def __init__(self, directory: Path, mode: str) -> None:
         self.notes = directory / "notes"
         self.notes.touch()
+        self.vacant = directory / "vacant"
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(self.notes), mode], stderr=subprocess.DEVNULL
         )
@@ -161,6 +164,42 @@ def test_after_the_agent_left_to_another_it_ends_with_its_last_worker(start):
     assert len(running.said("agent")) == 1
     os.kill(int(worker), signal.SIGKILL)
     assert running.process.wait(20) == 0
+
+
+def test_one_that_is_to_stay_waits_to_be_stopped_after_its_last_worker(start):
+    """In Kubernetes the container would be started anew, and take everything back before its pod is deleted."""
+    running = start("leave-and-stay")
+    (worker,) = running.wait_for("worker")
+    os.kill(int(worker), signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{worker}").exists())  # reaped
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(1)
+    assert len(running.said("agent")) == 1
+    running.process.terminate()
+    assert running.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("mode", ["leave", "leave-and-stay"])
+def test_workers_are_not_left_without_an_agent_when_the_other_one_is_gone(start, mode):
+    running = start(mode)
+    (worker,) = running.wait_for("worker")
+    time.sleep(1)
+    assert len(running.said("agent")) == 1
+    running.vacant.touch()
+    running.wait_for("agent", 2)
+    assert alive(int(worker))
+    assert running.process.poll() is None
+
+
+def test_an_agent_that_is_away_for_a_moment_keeps_its_place(start):
+    running = start("leave-and-stay")
+    running.wait_for("worker")
+    for _ in range(8):
+        running.vacant.touch()
+        time.sleep(0.2)
+        running.vacant.unlink()
+        time.sleep(0.2)
+    assert len(running.said("agent")) == 1
 
 
 def test_executed_anew_it_keeps_its_number_and_its_workers(start):

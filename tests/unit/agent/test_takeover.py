@@ -14,6 +14,7 @@ from csi_vduse.agent.agent import Agent
 from csi_vduse.agent.attach import Node
 from csi_vduse.agent.client import AgentClient
 from csi_vduse.agent.model import AttachSpec, State
+from csi_vduse.agent.place import is_vacant
 from csi_vduse.agent.server import start_server
 from csi_vduse.agent.takeover import hand_over_workers, only_agent
 from csi_vduse.config import AgentConfig
@@ -81,6 +82,16 @@ async def test_an_agent_that_does_not_leave_is_not_overtaken(node: Node, monkeyp
         with pytest.raises(FailedPrecondition, match="another agent"):
             async with only_agent(AgentConfig(run_dir=node.config.run_dir, take_over=True)):
                 pytest.fail("overtaken")
+
+
+async def test_whether_an_agent_has_the_run_directory_can_be_seen(node: Node):
+    run_dir = node.config.run_dir
+    assert not is_vacant(run_dir)  # there is none
+    run_dir.mkdir(parents=True)
+    assert is_vacant(run_dir)
+    async with only_agent(node.config):
+        assert not is_vacant(run_dir)
+    assert is_vacant(run_dir)
 
 
 async def test_every_worker_of_another_program_is_handed_over(node: Node, workers: FakeWorkers):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ async def test_a_worker_that_stopped_while_somebody_waits_for_it_is_replaced(
     with pytest.raises(Unavailable):
         await holding
     await until(lambda: workers.running() == 1)
+
+
+async def test_a_worker_that_does_not_answer_keeps_nobody_from_asking_another_one(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        watchdog, "ANSWER_TIMEOUT_S", 60.0
+    )  # for the first; he is asked by now when that changes
+    first, second = [await agent.attach(replace(SPEC, volume_id=name)) for name in ("vol-1", "vol-2")]
+    os.kill(first.worker_pid, signal.SIGSTOP)
+    assert agent._watchdog is not None
+    await until(lambda: first.worker_pid in {worker.pid for worker in agent._watchdog._asked})
+    await asyncio.sleep(0.2)  # some rounds
+    monkeypatch.setattr(watchdog, "ANSWER_TIMEOUT_S", 1.0)
+    os.kill(second.worker_pid, signal.SIGSTOP)
+    await until(lambda: agent.attachments()[1].worker_pid not in (0, second.worker_pid))
+    assert agent.attachments()[0].worker_pid == first.worker_pid
+    os.kill(first.worker_pid, signal.SIGCONT)
 
 
 async def test_a_worker_that_answers_is_left_alone(agent: Agent, workers: FakeWorkers):
