@@ -162,6 +162,31 @@ BOTH(a_pause_that_times_out_completes_later_and_shows_the_results)
     rig_close(&rig);
 }
 
+BOTH(late_data_goes_nowhere_though_the_map_was_replaced_while_the_request_hung)
+{
+    struct rig rig;
+    struct fuse_image image;
+
+    stall_open(&rig, &image, (struct plan){ 0 });
+    struct blk odd = blk_new(&rig, 8192);
+
+    odd.data += 7;
+    memset(image.content, 0x33, 4 * MIB);
+    fuse_image_stall(&image, true);
+    blk_send(&rig.q[0], &odd, VIRTIO_BLK_T_IN, 3000, 4096);
+    WAIT_FOR(fuse_image_stalled(&image));
+    for (int i = 0; i < 2; i++) { /* it goes on in the map that it began in */
+        CHECK_EQUAL(vd_queue_pause(rig.engine, 0, 20), -ETIMEDOUT);
+        CHECK_EQUAL(vd_engine_set_regions(rig.engine, rig.driver.regions, 1), 0);
+    }
+    CHECK_EQUAL(vd_queue_stop(rig.engine, 0, 20), -ETIMEDOUT);
+    CHECK_EQUAL(vd_engine_set_regions(rig.engine, NULL, 0), 0);
+    memset(odd.data, 0x66, 4096);
+    let_go(&rig, &image);
+    CHECK(is_byte(odd.data, 4096, 0x66));
+    rig_close(&rig);
+}
+
 BOTH(memory_that_goes_away_under_a_slow_pause_does_not_kill_the_process)
 {
     struct rig rig;
