@@ -66,6 +66,8 @@ static bool negotiate(struct fake_nbd *s, int fd, bool *structured, bool *extend
 {
     uint8_t greeting[18], flags[4], header[16], data[8192];
 
+    while (load_relaxed(&s->shy) && !load_relaxed(&s->stopping))
+        usleep(1000);
     put64(greeting, NBD_MAGIC);
     put64(greeting + 8, NBD_OPTION_MAGIC);
     put16(greeting + 16, NBD_FIXED_NEWSTYLE | NBD_NO_ZEROES);
@@ -429,6 +431,13 @@ void fake_nbd_kill(struct fake_nbd *s)
         alive = s->alive;
         pthread_mutex_unlock(&s->lock);
     }
+}
+
+void fake_nbd_cut(struct fake_nbd *s, uint32_t number)
+{
+    pthread_mutex_lock(&s->lock);
+    shutdown(s->sockets[number], SHUT_RDWR);
+    pthread_mutex_unlock(&s->lock);
 }
 
 void fake_nbd_close(struct fake_nbd *s)

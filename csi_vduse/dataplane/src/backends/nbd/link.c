@@ -59,7 +59,6 @@ void nbd_queue_close(struct vd_queue *q)
     struct nbd_queue *nq = q->backend;
 
     nbd_want_no_more(nq);
-    nbd_unregister(nq);
     if (nq->link.fd >= 0)
         shutdown(nq->link.fd, SHUT_RDWR);
     while (is_busy(nq)) {
@@ -74,7 +73,8 @@ void nbd_queue_close(struct vd_queue *q)
         }
         io_uring_cq_advance(&q->uring, n);
     }
-    nbd_link_close(&nq->link);
+    nbd_let_go(nq);
+    nbd_unregister(nq);
     store_relaxed(&q->stats->remote.connected, 0);
     free(nq->slots);
     free(nq->send_iov);
@@ -120,7 +120,7 @@ static void take_back(struct nbd_queue *nq)
 
 static void close_lost(struct nbd_queue *nq)
 {
-    nbd_link_close(&nq->link);
+    nbd_let_go(nq);
     take_back(nq);
     nq->state = NBD_DOWN;
     nq->broken = false;
