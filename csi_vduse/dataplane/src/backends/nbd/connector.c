@@ -245,7 +245,6 @@ static bool hand_over(struct nbd *n, struct nbd_link *link)
     uint64_t when_ns;
     struct nbd_queue *nq = next_in_line(n, &when_ns);
 
-    n->export = link->export;
     if (!nq || when_ns > now_ns()) {
         nbd_link_close(link);
         return false;
@@ -315,6 +314,7 @@ void *nbd_connector_run(void *argument)
         }
         if (!error) {
             pause_ms = 0;
+            n->export = link.export;
             n->status.connects += hand_over(n, &link);
             continue;
         }
