@@ -241,6 +241,43 @@ CASE(nbd_a_volume_grows_when_the_server_says_so)
     fake_nbd_close(&s);
 }
 
+BOTH(nbd_what_lies_beyond_the_old_size_is_not_asked_for_on_an_old_connection)
+{
+    struct rig rig;
+    struct fake_nbd s;
+
+    fake_nbd_open(&s, 8 * MIB);
+    s.size = 4 * MIB;
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64, .queues = 3 });
+    struct blk before = blk_new(&rig, 8192), beyond = blk_new(&rig, 8192);
+
+    blk_prove(&rig, 0);
+    blk_prove(&rig, 1);
+    WAIT_FOR(rig_stats(&rig, 2).remote.connected); /* it is idle, and has a connection all the same */
+    store_relaxed(&s.hold, true);
+    store_relaxed(&s.reads, 0);
+    blk_send(&rig.q[0], &before, VIRTIO_BLK_T_IN, 16, 8192);
+    WAIT_FOR(load_relaxed(&s.reads));
+    store_relaxed(&s.size, 8 * MIB);
+    CHECK_EQUAL(vd_engine_set_capacity(rig.engine, 8 * MIB), 0);
+    pattern(beyond.data, 8192, 5);
+    blk_send(&rig.q[0], &beyond, VIRTIO_BLK_T_OUT, 6 * MIB / 512, 8192);
+    store_relaxed(&s.hold, false);
+    CHECK_EQUAL(blk_finish(&rig.q[0], &before), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(blk_finish(&rig.q[0], &beyond), VIRTIO_BLK_S_OK);
+    for (uint32_t i = 0; i < 3; i++) {
+        memset(beyond.data, 0, 8192);
+        CHECK_EQUAL(blk_do(&rig.q[i], &beyond, VIRTIO_BLK_T_IN, 6 * MIB / 512, 8192), VIRTIO_BLK_S_OK);
+        CHECK(is_pattern(beyond.data, 8192, 5));
+        CHECK_EQUAL(rig_stats(&rig, i).remote.losses, 0);
+        CHECK_EQUAL(rig_stats(&rig, i).remote.resent, 0);
+    }
+    CHECK_EQUAL(load_relaxed(&s.connections), 7); /* one of each queue, twice, and one to ask for the size */
+    rig_close(&rig);
+    CHECK_EQUAL(s.violations, 0);
+    fake_nbd_close(&s);
+}
+
 enum { BLOCK = 4096, SECTORS_OF_BLOCK = BLOCK / 512 };
 
 /* Two queues write every other sector of the same blocks, one of them sometimes a whole neighbour: nobody undoes anybody's. */

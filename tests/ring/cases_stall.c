@@ -4,17 +4,14 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/userfaultfd.h>
-#include <poll.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "engine.h"
 #include "fuse_image.h"
 #include "harness.h"
+#include "held_page.h"
 
 /* A rig whose image is the one that can stall. */
 static void stall_open(struct rig *rig, struct fuse_image *image, struct plan plan)
@@ -162,6 +159,31 @@ BOTH(a_pause_that_times_out_completes_later_and_shows_the_results)
     rig_close(&rig);
 }
 
+BOTH(late_data_goes_nowhere_though_the_map_was_replaced_while_the_request_hung)
+{
+    struct rig rig;
+    struct fuse_image image;
+
+    stall_open(&rig, &image, (struct plan){ 0 });
+    struct blk odd = blk_new(&rig, 8192);
+
+    odd.data += 7;
+    memset(image.content, 0x33, 4 * MIB);
+    fuse_image_stall(&image, true);
+    blk_send(&rig.q[0], &odd, VIRTIO_BLK_T_IN, 3000, 4096);
+    WAIT_FOR(fuse_image_stalled(&image));
+    for (int i = 0; i < 2; i++) { /* it goes on in the map that it began in */
+        CHECK_EQUAL(vd_queue_pause(rig.engine, 0, 20), -ETIMEDOUT);
+        CHECK_EQUAL(vd_engine_set_regions(rig.engine, rig.driver.regions, 1), 0);
+    }
+    CHECK_EQUAL(vd_queue_stop(rig.engine, 0, 20), -ETIMEDOUT);
+    CHECK_EQUAL(vd_engine_set_regions(rig.engine, NULL, 0), 0);
+    memset(odd.data, 0x66, 4096);
+    let_go(&rig, &image);
+    CHECK(is_byte(odd.data, 4096, 0x66));
+    rig_close(&rig);
+}
+
 BOTH(memory_that_goes_away_under_a_slow_pause_does_not_kill_the_process)
 {
     struct rig rig;
@@ -203,50 +225,6 @@ BOTH(an_engine_freed_while_requests_hang_leaves_them_alone)
     for (int i = 0; i < 2; i++)
         dqueue_close(&rig.q[i]);
     driver_close(&rig.driver);
-}
-
-/* The engine's view of a page that the driver's side can hold back. */
-struct held_page {
-    int fd;
-    uint64_t address;
-    uint8_t *page;
-};
-
-static void hold_page(struct rig *rig, struct held_page *held, uint8_t *page)
-{
-    struct uffdio_api api = { .api = UFFD_API };
-    struct uffdio_register area = { .mode = UFFDIO_REGISTER_MODE_MISSING };
-    uint64_t contiguous;
-
-    held->fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (held->fd < 0 || ioctl(held->fd, UFFDIO_API, &api))
-        harness_skip("no userfaultfd");
-    held->page = page;
-    held->address = (uint64_t)(uintptr_t)vd_memory_translate(rig->engine->memory, driver_iova(&rig->driver, page), 1, true,
-                                                             &contiguous);
-    area.range.start = held->address;
-    area.range.len = 4096;
-    CHECK(held->address % 4096 == 0);
-    CHECK(!ioctl(held->fd, UFFDIO_REGISTER, &area));
-}
-
-static void wait_until_held(struct held_page *held)
-{
-    struct pollfd wait = { .fd = held->fd, .events = POLLIN };
-    struct uffd_msg message;
-
-    CHECK(poll(&wait, 1, 20000) == 1);
-    CHECK(read(held->fd, &message, sizeof(message)) == sizeof(message));
-    CHECK_EQUAL(message.event, UFFD_EVENT_PAGEFAULT);
-}
-
-static void give_page(struct held_page *held, const void *content)
-{
-    static uint8_t copy[4096] __attribute__((aligned(4096)));
-    struct uffdio_copy with = { .dst = held->address, .src = (uint64_t)(uintptr_t)copy, .len = 4096 };
-
-    memcpy(copy, content, 4096);
-    CHECK(!ioctl(held->fd, UFFDIO_COPY, &with));
 }
 
 BOTH(a_queue_that_hangs_while_it_fetches_is_given_up_and_starts_nothing_afterwards)

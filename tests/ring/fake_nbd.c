@@ -20,6 +20,7 @@ struct command {
 struct connection {
     struct fake_nbd *s;
     int fd, place;
+    uint64_t size; /* of the export, as it was said: no growth changes it */
 };
 
 static bool get(int fd, void *to, size_t n)
@@ -43,15 +44,18 @@ static bool option_reply(int fd, uint32_t option, uint32_t type, const void *dat
     return give(fd, header, sizeof(header)) && give(fd, data, length);
 }
 
-static bool say_export(struct fake_nbd *s, int fd)
+static bool say_export(struct connection *me)
 {
+    struct fake_nbd *s = me->s;
+    int fd = me->fd;
     uint8_t export[12] = { 0 }, sizes[14] = { 0 };
 
     if (load_relaxed(&s->refuse)) {
         option_reply(fd, NBD_OPT_GO, NBD_REPLY_ERROR | NBD_ERR_UNKNOWN, NULL, 0);
         return false;
     }
-    put64(export + 2, load_relaxed(&s->size));
+    me->size = load_relaxed(&s->size);
+    put64(export + 2, me->size);
     put16(export + 10, load_relaxed(&s->flags));
     put16(sizes, NBD_INFO_BLOCK_SIZE);
     put32(sizes + 2, s->min_block);
@@ -62,10 +66,14 @@ static bool say_export(struct fake_nbd *s, int fd)
            option_reply(fd, NBD_OPT_GO, NBD_REP_ACK, NULL, 0);
 }
 
-static bool negotiate(struct fake_nbd *s, int fd, bool *structured, bool *extended)
+static bool negotiate(struct connection *me, bool *structured, bool *extended)
 {
+    struct fake_nbd *s = me->s;
+    int fd = me->fd;
     uint8_t greeting[18], flags[4], header[16], data[8192];
 
+    while (load_relaxed(&s->shy) && !load_relaxed(&s->stopping))
+        usleep(1000);
     put64(greeting, NBD_MAGIC);
     put64(greeting + 8, NBD_OPTION_MAGIC);
     put16(greeting + 16, NBD_FIXED_NEWSTYLE | NBD_NO_ZEROES);
@@ -80,7 +88,7 @@ static bool negotiate(struct fake_nbd *s, int fd, bool *structured, bool *extend
         if (length > sizeof(data) || !get(fd, data, length))
             return false;
         if (option == NBD_OPT_GO)
-            return say_export(s, fd);
+            return say_export(me);
         *structured |= can;
         *extended |= can && option == NBD_OPT_EXTENDED_HEADERS;
         if (!option_reply(fd, option, can ? NBD_REP_ACK : NBD_REPLY_ERROR | NBD_ERR_UNSUP, NULL, 0))
@@ -250,8 +258,10 @@ static void count(uint32_t *counter)
 }
 
 /* Read a command and do it; false: the connection ends. */
-static bool serve(struct fake_nbd *s, int fd, bool extended, struct command *c, uint8_t *buffer)
+static bool serve(const struct connection *me, bool extended, struct command *c, uint8_t *buffer)
 {
+    struct fake_nbd *s = me->s;
+    int fd = me->fd;
     uint8_t header[32];
 
     if (!get(fd, header, extended ? 32 : 28))
@@ -261,8 +271,8 @@ static bool serve(struct fake_nbd *s, int fd, bool extended, struct command *c, 
     c->cookie = get64(header + 8);
     c->offset = get64(header + 16);
     c->length = extended ? get64(header + 24) : get32(header + 24);
-    if (get32(header) != (extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC) || c->offset > load_relaxed(&s->size) ||
-        c->length > load_relaxed(&s->size) - c->offset || (c->offset | c->length) % s->min_block ||
+    if (get32(header) != (extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC) || c->offset > me->size ||
+        c->length > me->size - c->offset || (c->offset | c->length) % s->min_block ||
         (c->type <= NBD_WRITE && (!c->length || c->length > s->max_payload)) ||
         (extended && c->type == NBD_WRITE && !(c->flags & NBD_CMD_PAYLOAD_LENGTH))) {
         count(&s->violations);
@@ -319,13 +329,13 @@ static void *serve_connection(void *argument)
     struct fake_nbd *s = me->s;
     struct command commands[TOGETHER_MAX];
     uint8_t *buffer = malloc(4 * MIB);
-    bool structured = false, extended = false, going = negotiate(s, me->fd, &structured, &extended);
+    bool structured = false, extended = false, going = negotiate(me, &structured, &extended);
 
     while (going) {
         uint32_t n = 0;
 
         do
-            going = serve(s, me->fd, extended, &commands[n++], buffer);
+            going = serve(me, extended, &commands[n++], buffer);
         while (going && n < TOGETHER_MAX && load_relaxed(&s->reverse) && more(me->fd, 5));
         while (load_relaxed(&s->hold) && !load_relaxed(&s->stopping))
             if (more(me->fd, 5))
@@ -355,7 +365,7 @@ static void *accept_connections(void *argument)
         pthread_t thread;
 
         pthread_mutex_lock(&s->lock);
-        *connection = (struct connection){ s, fd, (int)(s->connections % FAKE_CONNECTIONS) };
+        *connection = (struct connection){ .s = s, .fd = fd, .place = (int)(s->connections % FAKE_CONNECTIONS) };
         s->sockets[connection->place] = fd;
         s->alive++;
         store_relaxed(&s->connections, s->connections + 1);
@@ -429,6 +439,13 @@ void fake_nbd_kill(struct fake_nbd *s)
         alive = s->alive;
         pthread_mutex_unlock(&s->lock);
     }
+}
+
+void fake_nbd_cut(struct fake_nbd *s, uint32_t number)
+{
+    pthread_mutex_lock(&s->lock);
+    shutdown(s->sockets[number], SHUT_RDWR);
+    pthread_mutex_unlock(&s->lock);
 }
 
 void fake_nbd_close(struct fake_nbd *s)

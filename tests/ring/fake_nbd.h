@@ -46,6 +46,7 @@ struct fake_nbd {
     bool hold;            /* answer nothing */
     bool reverse;         /* answer what came together in the opposite order */
     bool refuse;          /* unknown export */
+    bool shy;             /* says nothing to who connects */
     /* What it saw. */
     uint32_t connections, reads, writes, flushes, trims, zeroes, fuas, no_holes, violations;
     int listener;
@@ -61,6 +62,8 @@ void fake_nbd_open(struct fake_nbd *s, uint64_t size);
 /* As kill -9 does it: the listener and all connections go. */
 void fake_nbd_kill(struct fake_nbd *s);
 void fake_nbd_restart(struct fake_nbd *s);
+/* The connection goes that was the number-th, from 0 on. */
+void fake_nbd_cut(struct fake_nbd *s, uint32_t number);
 /* Once, after so many good answers. */
 void fake_nbd_misbehave(struct fake_nbd *s, int misdeed, uint32_t skip);
 /*

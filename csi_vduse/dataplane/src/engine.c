@@ -76,8 +76,10 @@ int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regi
     if (paused && !abandoned) {
         memory->older = NULL;
         vd_memory_free(old);
-    } else if (paused && old) {
-        vd_memory_isolate(old); /* whoever was reset without waiting must not be written to */
+    } else if (paused) {
+        /* Whoever was reset without waiting must not be written to; what was abandoned may be in any map since. */
+        for (; old; old = old->older)
+            vd_memory_isolate(old);
     } /* else requests in flight hold addresses in it, and are to end as if nothing had happened */
     return 0;
 }

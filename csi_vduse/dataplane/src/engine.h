@@ -103,6 +103,7 @@ struct vd_queue {
     struct vd_request *free;     /* those not in flight; the last one used comes first: its memory is warm */
     struct iovec *iovecs;
     struct vd_extent *extents;
+    enum vd_queue_fault fault;   /* our own: what the stats say may be another queue's, once this one is abandoned */
     uint32_t in_flight;
     uint64_t data_bytes;         /* of reads and writes in flight */
     uint32_t ended;              /* pushed since the last publish */

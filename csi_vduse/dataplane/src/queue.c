@@ -41,8 +41,11 @@ static void *const WAKE = (void *)3;
 
 void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
 {
-    if (q->stats->fault)
+    if (q->fault)
         return;
+    q->fault = fault;
+    if (load_relaxed(&q->abandoned))
+        return; /* nobody asks any more */
     store_relaxed(&q->stats->fault, fault);
     vd_engine_wake_control(q->engine);
 }
@@ -68,7 +71,7 @@ void vd_request_finish(struct vd_queue *q, struct vd_request *r, int error)
     if (load_relaxed(&q->abandoned))
         return;
     store_relaxed(&q->stats->in_flight, q->in_flight);
-    if (q->stats->fault)
+    if (q->fault)
         return; /* the driver has to reset the device; its rings may not even be mapped */
     vd_count_finished(q, r, error);
     if (error && error != ENOTSUP)
@@ -94,7 +97,7 @@ static void break_down(struct vd_queue *q, enum vd_queue_fault fault)
 {
     if (memory_lost(q))
         fault = VD_FAULT_MEMORY; /* or did not: it is not to blame for zeros of ours */
-    else
+    else if (!load_relaxed(&q->abandoned))
         count_up(&q->stats->malformed, 1);
     vd_queue_fault(q, fault);
 }
@@ -121,7 +124,7 @@ static void publish(struct vd_queue *q, enum command command)
 {
     if (memory_lost(q))
         vd_queue_fault(q, VD_FAULT_MEMORY);
-    if (q->stats->fault)
+    if (q->fault)
         return;
     if (q->ended) {
         vd_vring_publish(&q->ring);
@@ -144,7 +147,7 @@ static int fetch(struct vd_queue *q)
         break_down(q, VD_FAULT_AVAIL_INDEX);
         return 0;
     }
-    for (int i = 0; i < available && !q->stats->fault && !load_relaxed(&q->abandoned); i++) {
+    for (int i = 0; i < available && !q->fault && !load_relaxed(&q->abandoned); i++) {
         struct vd_request *r = q->free; /* the last one is not taken: with all ids in flight any chain is a fault */
         struct vd_chain chain = { .iov = r->storage };
         enum vd_queue_fault fault = vd_vring_next(&q->ring, &chain);
@@ -166,7 +169,7 @@ static int fetch(struct vd_queue *q)
             continue;
         if (memory_lost(q))
             vd_queue_fault(q, VD_FAULT_MEMORY); /* a write that lost its header must not go to sector 0 */
-        if (q->stats->fault || load_relaxed(&q->abandoned)) {
+        if (q->fault || load_relaxed(&q->abandoned)) {
             vd_request_finish(q, r, ECANCELED);
             break;
         }
@@ -187,7 +190,7 @@ static int fetch(struct vd_queue *q)
 /* Start a request that was held back, unless nobody waits for it any more. */
 static void start(struct vd_queue *q, struct vd_request *r)
 {
-    if (q->stats->fault || load_relaxed(&q->abandoned))
+    if (q->fault || load_relaxed(&q->abandoned))
         vd_request_finish(q, r, ECANCELED);
     else
         q->engine->ops->submit(q, r);
@@ -205,7 +208,8 @@ static unsigned collect(struct vd_queue *q)
 
             if (data == KICK) {
                 q->kick_armed = cqes[i]->flags & IORING_CQE_F_MORE;
-                count_up(&q->stats->kicks, 1);
+                if (!load_relaxed(&q->abandoned)) /* or it is another queue's, at the same eventfd */
+                    count_up(&q->stats->kicks, 1);
             } else if (data == WAKE) {
                 q->wake_armed = cqes[i]->flags & IORING_CQE_F_MORE;
             } else if (data == CANCEL) {
@@ -250,9 +254,9 @@ static unsigned advance(struct vd_queue *q, enum command command)
 
     q->now_ns = now_ns();
     if (q->held)
-        work = start_held(q, command != RUN || q->stats->fault);
+        work = start_held(q, command != RUN || q->fault);
     /* What a predecessor left is in flight already, whatever the command is. */
-    if ((command == RUN || q->ring.replay_left) && !q->stats->fault && !q->held && !load_relaxed(&q->abandoned))
+    if ((command == RUN || q->ring.replay_left) && !q->fault && !q->held && !load_relaxed(&q->abandoned))
         work += (unsigned)fetch(q);
     if (q->engine->ops->turn)
         q->engine->ops->turn(q);
@@ -296,7 +300,7 @@ static bool poll_for_work(struct vd_queue *q, enum command command)
 {
     uint64_t until;
 
-    if (command != RUN || q->stats->fault)
+    if (command != RUN || q->fault)
         return false;
     q->now_ns = now_ns();
     until = vd_pace_poll_until(&q->pace, q->now_ns);
@@ -331,7 +335,7 @@ static void arm(struct vd_queue *q, int fd, void *data, bool *armed)
 /* Sleep until a completion, a kick or a command, unless there turns out to be something to do already. */
 static void rest(struct vd_queue *q, enum command command, bool abandoned)
 {
-    bool fetching = command == RUN && !q->stats->fault && !q->held;
+    bool fetching = command == RUN && !q->fault && !q->held;
 
     if (abandoned && !q->cancelled)
         cancel(q);
@@ -417,7 +421,7 @@ void *vd_queue_run(void *argument)
             pthread_mutex_lock(&q->lock);
             work += settle(q, command);
             abandoned = q->abandoned;
-            bool drained = !q->in_flight && (!q->ring.replay_left || q->stats->fault || abandoned);
+            bool drained = !q->in_flight && (!q->ring.replay_left || q->fault || abandoned);
 
             if (drained && q->command == (int)command)
                 vd_queue_set_state(q, command == STOP ? STOPPED : PAUSED);

@@ -175,6 +175,7 @@ int vd_queue_stop(struct vd_engine *engine, uint32_t index, uint32_t timeout_ms)
     if (abandoned) {
         __atomic_fetch_add(&engine->abandoned, 1, __ATOMIC_RELAXED);
         store_relaxed(&q->abandoned, true);
+        store_relaxed(&q->ring.abandoned, true);
         vd_count_none(q);
         pthread_detach(q->thread);
         vd_queue_wake(q);

@@ -40,8 +40,12 @@ enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory 
 enum vd_queue_fault vd_vring_replay(struct vd_vring *ring, struct vd_chain *chain)
 {
     uint16_t entry = ring->log->replay[ring->log->replay_count - ring->replay_left--];
+    enum vd_queue_fault fault =
+        ring->is_packed ? vd_packed_replay(ring, chain, entry) : vd_split_replay(ring, chain, entry);
 
-    return ring->is_packed ? vd_packed_replay(ring, chain, entry) : vd_split_replay(ring, chain, entry);
+    if (load_relaxed(&ring->abandoned))
+        chain->writable = 0;
+    return fault;
 }
 
 uint32_t vd_vring_state(const struct vd_vring *ring)

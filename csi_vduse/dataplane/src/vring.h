@@ -55,6 +55,7 @@ struct vd_vring {
     uint16_t next_used;     /* next entry to write */
     uint16_t published_used; /* next_used when the driver was last shown it */
     uint16_t replay_left;   /* chains that a predecessor left, which come first */
+    bool abandoned;         /* set by the control thread: the log may be another queue's, and nothing is fetched any more */
     bool is_packed;
     bool event_idx;
     bool indirect;

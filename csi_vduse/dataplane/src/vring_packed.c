@@ -128,6 +128,10 @@ enum vd_queue_fault vd_packed_next(struct vd_vring *ring, struct vd_chain *chain
         fault = add(ring, chain, iova, length, flags, seen == 1);
         if (fault)
             return fault;
+        if (load_relaxed(&ring->abandoned)) { /* reading it may have taken as long as that */
+            chain->writable = 0;
+            return VD_FAULT_NONE;
+        }
         if (log) {
             last = entry;
             entry = vd_log_note(log, entry, iova, length, id, flags);

@@ -116,6 +116,10 @@ enum vd_queue_fault vd_split_next(struct vd_vring *ring, struct vd_chain *chain)
         return fault;
     if (!chain->writable)
         return VD_FAULT_CHAIN; /* nowhere to say how it went */
+    if (load_relaxed(&ring->abandoned)) { /* walking may have taken as long as that */
+        chain->writable = 0;
+        return VD_FAULT_NONE;
+    }
     if (ring->log)
         vd_log_take_split(ring->log, head);
     chain->id = head;

@@ -32,7 +32,7 @@ bool vd_request_wait(struct vd_queue *q, struct vd_request *r, int error)
     uint64_t now = now_ns(), since;
     struct io_uring_sqe *sqe;
 
-    if (load_relaxed(&q->abandoned) || q->stats->fault || !may_pass(error))
+    if (load_relaxed(&q->abandoned) || q->fault || !may_pass(error))
         return false;
     if (!q->failing_since_ns)
         q->failing_since_ns = now;

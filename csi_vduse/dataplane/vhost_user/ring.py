@@ -37,6 +37,7 @@ class Ring:
     def __init__(self, index: int, engine: Engine) -> None:
         self.index = index
         self.running = False
+        self.abandoned = False  # what it left behind may still reach the front-end's memory
         self.fault_reported = False
         self.served_again = 0  # requests that the last start found in the in-flight log
         self._engine = engine
@@ -186,6 +187,7 @@ class Ring:
         self.running = False
         self._base = self._engine.queue_state(self.index)
         self._settled = drained
+        self.abandoned |= not drained
         if not drained and self._used_log:
             self._used_log.keep()
         self._used_log = None

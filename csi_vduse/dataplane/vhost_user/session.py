@@ -4,6 +4,8 @@ Kept true:
 - A message does what it says or nothing. One that cannot be carried out is answered with 1 if the front-end asked
   for an answer (REPLY_ACK), and ends the connection if not: a front-end must never take refused for done.
 - The address map changes only while no queue fetches, and queues go on afterwards where they were.
+- A front-end that is told that a queue has stopped may use its memory for something else: what the queue had to
+  abandon cannot reach that memory any more (decl/engine.h, vd_queue_stop), unless another queue hangs as well.
 - Nothing of a session outlives it: queues, memory and descriptors are gone when close returns.
 """
 
@@ -250,7 +252,8 @@ class Session:
     def _remap(self, memory: MemoryTable) -> None:
         """Give the engine another address map, which owns its descriptors if this succeeds."""
         running = [ring for ring in self._rings if ring.running]
-        if not self._each(running, Ring.pause):
+        paused = self._each(running, Ring.pause)
+        if not paused:
             self._log.error("memory changed while requests were in flight; they end in the old one")
         try:
             self._engine.set_regions(memory.engine_regions())
@@ -260,10 +263,23 @@ class Session:
             raise
         self._memory.close(keep=memory)
         self._memory = memory
+        if paused:
+            for ring in self._rings:
+                ring.abandoned = False
         for ring in running:
             self._move(ring)
+        if any(ring.abandoned and not ring.running for ring in running):
+            self._take_memory_away()  # from rings that are not where they were
         for ring in self._rings:
             self._move_waiting(ring)
+
+    def _take_memory_away(self) -> None:
+        """Keep what a ring had to abandon out of the front-end's memory, before it is told that the ring has stopped."""
+        abandoned = [ring.index for ring in self._rings if ring.abandoned]
+        if not abandoned:
+            return
+        self._log.error("requests abandoned: the backend did not finish them in time", queues=abandoned)
+        self._remap(self._memory)
 
     def _move(self, ring: Ring) -> None:
         try:
@@ -274,7 +290,7 @@ class Session:
 
     def _move_waiting(self, ring: Ring) -> None:
         try:
-            self._start(ring)
+            self._begin(ring)
         except VduseError as error:
             self._log.warning("a queue cannot be served", queue=ring.index, error=str(error))
 
@@ -312,6 +328,11 @@ class Session:
         return self._rings[index]
 
     def _start(self, ring: Ring) -> None:
+        """Start a ring if it is complete, after a change of it that may have stopped it."""
+        self._take_memory_away()
+        self._begin(ring)
+
+    def _begin(self, ring: Ring) -> None:
         by_default = not self._features & protocol.F_PROTOCOL_FEATURES
         features = self._features & ~protocol.F_PROTOCOL_FEATURES
         try:
@@ -343,9 +364,8 @@ class Session:
         self._start(ring)
 
     def _get_vring_base(self, state: protocol.VringState, _: Message) -> bytes:
-        base, drained = self._ring(state.index).stop(DRAIN_TIMEOUT_S)
-        if not drained:
-            self._log.error("requests abandoned: the backend did not finish them in time", queue=state.index)
+        base, _drained = self._ring(state.index).stop(DRAIN_TIMEOUT_S)
+        self._take_memory_away()
         self._log.info("queue stopped", queue=state.index, base=base)
         return protocol.encode_vring_state(state.index, base)
 
@@ -376,8 +396,8 @@ class Session:
     def _reset_device(self, _: protocol.Empty, __: Message) -> None:
         self._features = 0
         self._log_file = None
-        if not self._each(self._rings, Ring.reset):
-            self._log.error("requests abandoned: the backend did not finish them before the reset")
+        self._each(self._rings, Ring.reset)
+        self._take_memory_away()
 
     def _each(self, rings: list[Ring], act: Callable[[Ring, float], bool]) -> bool:
         deadline = time.monotonic() + DRAIN_TIMEOUT_S

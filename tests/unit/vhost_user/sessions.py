@@ -6,7 +6,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,11 +55,11 @@ class Running:
 
 
 @contextmanager
-def serving(backend: BackendSpec) -> Iterator[Running]:
+def serving(backend: BackendSpec, make: Callable[..., Engine] = Engine) -> Iterator[Running]:
     """A session over an engine; whatever happens in it, no descriptor is left."""
     before = open_files()
     event_fd = os.eventfd(0)
-    engine = Engine(
+    engine = make(
         backend=backend,
         capacity_bytes=SPEC.capacity_bytes,
         block_size_bytes=512,

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -23,8 +24,8 @@
 
 enum {
     /*
-     * After a loss: what the lost connection still carried shall be done or dropped by the server before anything is
-     * sent again.
+     * After a loss, ours or a dead predecessor's: what the lost connection still carried shall be done or dropped by the
+     * server before anything is sent again, or anything at all where it was abandoned.
      */
     SETTLE_MS = 100,
     RETRY_MAX_MS = 5000,
@@ -199,21 +200,61 @@ static bool is_refusal(int error)
            error == -EMLINK || error == -EINVAL;
 }
 
-/* Give the connection to the first queue that waits, or to nobody; with the lock held. */
-static void hand_over(struct nbd *n, struct nbd_link *link)
+static uint64_t settled(void)
 {
-    struct nbd_queue *nq = n->wanting;
+    return now_ns() + SETTLE_MS * 1000000ull;
+}
 
-    n->export = link->export;
-    if (!nq) {
+/* End the connections of abandoned queues, whose threads may not have come to it yet; with the lock held. */
+static void end_abandoned(struct nbd *n)
+{
+    for (struct nbd_queue *each = n->queues; each; each = each->next_queue) {
+        if (!load_relaxed(&each->queue->abandoned) || each->ended || each->link.fd < 0)
+            continue;
+        shutdown(each->link.fd, SHUT_RDWR);
+        each->ended = true;
+        n->settle_until_ns = settled();
+    }
+}
+
+/* Whose turn it is, and when; NULL: nobody waits. With the lock held. */
+static struct nbd_queue *next_in_line(struct nbd *n, uint64_t *when_ns)
+{
+    struct nbd_queue *next = NULL;
+
+    end_abandoned(n);
+    for (struct nbd_queue *each = n->wanting; each; each = each->next_wanting)
+        if (!next || each->settle_until_ns <= next->settle_until_ns) /* of equals the last: it has waited longest */
+            next = each;
+    *when_ns = next && next->settle_until_ns > n->settle_until_ns ? next->settle_until_ns : n->settle_until_ns;
+    return next;
+}
+
+static void remove_wanting(struct nbd *n, const struct nbd_queue *nq)
+{
+    for (struct nbd_queue **at = &n->wanting; *at; at = &(*at)->next_wanting)
+        if (*at == nq) {
+            *at = nq->next_wanting;
+            break;
+        }
+}
+
+/* Give the connection to a queue that waits and may have it now: true. Or to nobody. With the lock held. */
+static bool hand_over(struct nbd *n, struct nbd_link *link)
+{
+    uint64_t when_ns;
+    struct nbd_queue *nq = next_in_line(n, &when_ns);
+
+    if (!nq || when_ns > now_ns()) {
         nbd_link_close(link);
-        return;
+        return false;
     }
     say(n, VD_BACKEND_CONNECTED, "");
-    n->wanting = nq->next_wanting;
+    remove_wanting(n, nq);
     nq->fresh = *link;
     store_release(&nq->ready, true);
     vd_queue_wake(nq->queue);
+    return true;
 }
 
 /* Wait until a moment, or until the backend closes; with the lock held. */
@@ -236,20 +277,25 @@ void *nbd_connector_run(void *argument)
     while (!n->closing) {
         char reason[NBD_REASON_BYTES];
         struct nbd_link link;
+        uint64_t when_ns;
+        bool wanted = next_in_line(n, &when_ns), now = wanted && when_ns <= now_ns();
 
-        if (!n->wanting && !n->looking) {
+        if (!wanted && !n->looking) {
             pthread_cond_wait(&n->changed, &n->lock);
             continue;
         }
-        if (n->wanting && n->spare.fd >= 0) {
+        if (now && n->spare.fd >= 0) {
             link = n->spare;
             n->spare = (struct nbd_link){ .fd = -1 };
             hand_over(n, &link);
             continue;
         }
-        wait_until(n, n->settle_until_ns);
-        if (n->closing)
-            break;
+        if (!now && !n->looking) {
+            struct timespec until = moment(when_ns);
+
+            pthread_cond_timedwait(&n->changed, &n->lock, &until);
+            continue;
+        }
         bool look = n->looking; /* one that is asked for from here on wants to hear what is said later */
 
         pthread_mutex_unlock(&n->lock);
@@ -268,8 +314,8 @@ void *nbd_connector_run(void *argument)
         }
         if (!error) {
             pause_ms = 0;
-            n->status.connects += n->wanting != NULL;
-            hand_over(n, &link);
+            n->export = link.export;
+            n->status.connects += hand_over(n, &link);
             continue;
         }
         if (!n->wanting)
@@ -293,23 +339,37 @@ void nbd_want(struct nbd_queue *nq)
     nq->next_wanting = n->wanting;
     n->wanting = nq;
     nq->asked = true;
-    if (nq->why) {
-        n->settle_until_ns = now_ns() + SETTLE_MS * 1000000ull;
+    if (nq->why || nq->queue->ring.replay_left)
+        nq->settle_until_ns = settled();
+    if (nq->why)
         say(n, VD_BACKEND_CONNECTING, nq->why);
-    }
     pthread_cond_broadcast(&n->changed);
     pthread_mutex_unlock(&n->lock);
 }
 
 bool nbd_take(struct nbd_queue *nq)
 {
+    bool abandoned;
+
     if (!load_acquire(&nq->ready))
         return false;
     pthread_mutex_lock(&nq->nbd->lock);
-    nq->link = nq->fresh;
-    nq->ready = nq->asked = false;
+    abandoned = load_relaxed(&nq->queue->abandoned); /* after which nothing may be sent: end_abandoned comes once */
+    if (!abandoned) {
+        nq->link = nq->fresh;
+        nq->ready = nq->asked = false;
+    }
     pthread_mutex_unlock(&nq->nbd->lock);
-    return true;
+    return !abandoned;
+}
+
+void nbd_let_go(struct nbd_queue *nq)
+{
+    pthread_mutex_lock(&nq->nbd->lock);
+    if (load_relaxed(&nq->queue->abandoned) && nq->link.fd >= 0)
+        nq->nbd->settle_until_ns = settled();
+    nbd_link_close(&nq->link);
+    pthread_mutex_unlock(&nq->nbd->lock);
 }
 
 void nbd_want_no_more(struct nbd_queue *nq)
@@ -317,11 +377,7 @@ void nbd_want_no_more(struct nbd_queue *nq)
     struct nbd *n = nq->nbd;
 
     pthread_mutex_lock(&n->lock);
-    for (struct nbd_queue **at = &n->wanting; *at; at = &(*at)->next_wanting)
-        if (*at == nq) {
-            *at = nq->next_wanting;
-            break;
-        }
+    remove_wanting(n, nq);
     if (nq->ready)
         nbd_link_close(&nq->fresh);
     nq->ready = nq->asked = false;

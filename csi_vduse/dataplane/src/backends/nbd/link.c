@@ -2,7 +2,7 @@
  * A queue's connection in use. The queue's thread runs all of it.
  *
  *   DOWN      no connection: the connector was asked for one, requests wait
- *   UP        commands are sent and answered
+ *   UP        commands are sent and answered; answered only, if the volume has become larger than its server said
  *   CLOSING   lost: shut down, and closed as soon as the kernel has let go of our buffers
  *
  * Kept true: a request that was taken from the driver is in one of the lists, waiting or sent, until it is answered.
@@ -59,7 +59,6 @@ void nbd_queue_close(struct vd_queue *q)
     struct nbd_queue *nq = q->backend;
 
     nbd_want_no_more(nq);
-    nbd_unregister(nq);
     if (nq->link.fd >= 0)
         shutdown(nq->link.fd, SHUT_RDWR);
     while (is_busy(nq)) {
@@ -74,7 +73,8 @@ void nbd_queue_close(struct vd_queue *q)
         }
         io_uring_cq_advance(&q->uring, n);
     }
-    nbd_link_close(&nq->link);
+    nbd_let_go(nq);
+    nbd_unregister(nq);
     store_relaxed(&q->stats->remote.connected, 0);
     free(nq->slots);
     free(nq->send_iov);
@@ -120,12 +120,12 @@ static void take_back(struct nbd_queue *nq)
 
 static void close_lost(struct nbd_queue *nq)
 {
-    nbd_link_close(&nq->link);
+    nbd_let_go(nq);
     take_back(nq);
     nq->state = NBD_DOWN;
     nq->broken = false;
     store_relaxed(&nq->queue->stats->remote.connected, 0);
-    count_up(&nq->queue->stats->remote.losses, 1);
+    count_up(&nq->queue->stats->remote.losses, nq->why != NULL);
 }
 
 /* Nobody waits for the requests any more. */
@@ -153,9 +153,19 @@ static void watch(struct nbd_queue *nq)
     nq->watching = true;
 }
 
+/*
+ * The volume has grown since the handshake: servers may refuse what lies beyond the size that they said on this connection.
+ * Whoever knows of the new size knows that it is needed (nbd_resize), so this is seen before anything is sent that lies there.
+ */
+static bool is_outgrown(const struct nbd_queue *nq)
+{
+    return nq->link.export.size_bytes < load_relaxed(&nq->nbd->needed_bytes);
+}
+
 void nbd_turn(struct vd_queue *q)
 {
     struct nbd_queue *nq = q->backend;
+    bool outgrown;
 
     if (load_relaxed(&q->abandoned)) {
         give_up(nq);
@@ -176,7 +186,13 @@ void nbd_turn(struct vd_queue *q)
     }
     if (nq->state != NBD_UP)
         return;
-    nbd_send(nq);
+    outgrown = is_outgrown(nq);
+    if (outgrown && !nq->sent.first) {
+        nbd_lost(nq, NULL);
+        return;
+    }
+    if (!outgrown)
+        nbd_send(nq); /* else what waits is sent on the next connection, as soon as this one has nothing to answer */
     nbd_receive(nq);
 }
 

@@ -146,6 +146,16 @@ static void nbd_info(void *state, struct vd_backend_info *info)
     pthread_mutex_unlock(&n->lock);
 }
 
+/* No connection that was made before may serve the volume from now on; with the lock held. */
+static void need(struct nbd *n, uint64_t capacity_bytes)
+{
+    store_relaxed(&n->needed_bytes, capacity_bytes);
+    if (n->spare.fd >= 0 && n->spare.export.size_bytes < capacity_bytes)
+        nbd_link_close(&n->spare);
+    for (struct nbd_queue *each = n->queues; each; each = each->next_queue)
+        vd_queue_wake(each->queue);
+}
+
 /*
  * The size is said in the handshake only: shake hands once more. Not here: the control thread may be kept for a moment, and
  * looking up a name may take minutes.
@@ -167,7 +177,7 @@ static int nbd_resize(void *state, uint64_t capacity_bytes)
     if (!error && capacity_bytes > n->export.size_bytes)
         error = -EINVAL;
     if (!error)
-        n->needed_bytes = capacity_bytes;
+        need(n, capacity_bytes);
     pthread_mutex_unlock(&n->lock);
     return error;
 }

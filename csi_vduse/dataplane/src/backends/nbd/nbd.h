@@ -86,8 +86,8 @@ struct nbd {
     struct nbd_queue *wanting;   /* queues that wait for a connection */
     struct nbd_link spare;       /* the one that open made, until a queue takes it; fd -1: none */
     struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
-    uint64_t settle_until_ns;    /* no new connection before */
-    uint64_t needed_bytes;       /* an export that is smaller is refused */
+    uint64_t settle_until_ns;    /* no queue is given a connection before: one that was abandoned has just lost its own */
+    uint64_t needed_bytes;       /* an export that is smaller is refused; queues look without the lock */
     struct vd_backend_status status;
 };
 
@@ -149,12 +149,14 @@ struct nbd_queue {
     struct nbd_link fresh;        /* behind nbd.lock until ready */
     bool ready;                   /* the connector has filled fresh */
     bool asked;
+    uint64_t settle_until_ns;     /* behind nbd.lock: it is given no connection before */
+    bool ended;                   /* behind nbd.lock: it was abandoned, and its connection was ended by the connector */
 
-    struct nbd_link link;
+    struct nbd_link link;         /* changed behind nbd.lock */
     enum nbd_link_state state;
     bool broken;                  /* is to be closed as soon as the kernel is done with our buffers */
     bool sending, receiving, watching; /* submissions under way */
-    const char *why;              /* it was lost; NULL: never */
+    const char *why;              /* it was lost; NULL: never, or given up by ourselves with nothing on its way */
     uint64_t cookies;
 
     struct nbd_slot *slots;       /* by the request's number */
@@ -221,7 +223,10 @@ void nbd_link_close(struct nbd_link *link);
 void *nbd_connector_run(void *argument);
 /* The queue needs a connection; it is woken when nbd_link_taken gives one. */
 void nbd_want(struct nbd_queue *nq);
+/* False: there is none yet, or the queue was abandoned and gets none. */
 bool nbd_take(struct nbd_queue *nq);
+/* Close the connection that it has. */
+void nbd_let_go(struct nbd_queue *nq);
 void nbd_want_no_more(struct nbd_queue *nq);
 
 /* link.c */
@@ -229,7 +234,7 @@ int nbd_queue_open(struct vd_queue *q);
 void nbd_queue_close(struct vd_queue *q);
 void nbd_turn(struct vd_queue *q);
 void nbd_event(struct vd_queue *q, void *data, int result);
-/* The connection cannot be used any more. */
+/* The connection cannot be used any more; why as in nbd_queue. */
 void nbd_lost(struct nbd_queue *nq, const char *why);
 /* What an error of a reply says of the server. */
 const char *nbd_why(int error);
