@@ -13,8 +13,8 @@
  *   partial.c     parts of blocks that are smaller than the server takes: read, changed, written, and nothing else meanwhile
  *   secure.c      send and receive through TLS that the kernel does not do
  *
- * Queue threads own their link; the connector owns what it has not handed over yet. What both touch is behind
- * nbd.lock, which nobody holds while waiting for anything but the lock's own condition.
+ * Queue threads own their link, and the connector ends it if they are abandoned; the connector owns what it has not handed
+ * over yet. What both touch is behind nbd.lock, which nobody holds while waiting for anything but the lock's own condition.
  */
 #ifndef VD_NBD_H
 #define VD_NBD_H
