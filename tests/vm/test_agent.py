@@ -254,6 +254,8 @@ def test_a_device_that_the_kernel_gave_up_while_its_worker_was_dead_can_be_remov
         attachment = attach(shared, image)
         Path(f"/sys/class/vduse/{attachment.device_name}/msg_timeout").write_text("1")
         virtio = Path(f"/sys/block/{Path(attachment.path).name}/device").resolve().name
+        # It reads every new disk; a read that nobody answers would hold the unbind up.
+        subprocess.run(["udevadm", "settle"], check=True, timeout=120)
         os.kill(shared.child_pid(), signal.SIGSTOP)
         try:
             kill(attachment.worker_pid)

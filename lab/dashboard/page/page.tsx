@@ -17,7 +17,7 @@ type Panel = {
   id: number; type: string; title: string; gridPos: { x: number; y: number; w: number; h: number };
   fieldConfig: { defaults: FieldConfig }; targets: { expr: string; legendFormat: string }[];
 };
-type Series = { labels: Record<string, string>; times: number[]; values: number[] };
+type Series = { labels: Record<string, string>; times: number[]; values: (number | null)[] };
 
 const asked = new URLSearchParams(location.search);
 const scrapeSeconds = Number(asked.get('scrape'));
@@ -38,8 +38,10 @@ async function ask(expr: string, range: TimeRange): Promise<Series[]> {
     throw new Error(`${answer.error}: ${query}`);
   }
   return answer.data.result.map((one: { metric: Record<string, string>; values: [number, string][] }) => ({
-    labels: one.metric, times: one.values.map(([at]) => at * 1000), values: one.values.map(([, text]) => Number(text)),
-  }));
+    labels: one.metric,
+    times: one.values.map(([at]) => at * 1000),
+    values: one.values.map(([, text]) => (Number.isFinite(Number(text)) ? Number(text) : null)), // a quantile of nothing
+  })).filter((series: Series) => series.values.some((value) => value !== null));
 }
 
 function nameOf(panel: Panel, series: Series): string {
