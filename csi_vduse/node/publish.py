@@ -115,9 +115,8 @@ def is_published(observed: Observed, request: PublishRequest) -> bool:
         AlreadyExists: it is there, but writable instead of read-only or the reverse.
     """
     top = mounts.top_mount(observed.mounts, request.target_path)
-    if (
-        top is None or top not in observed.uses()
-    ):  # what is not the volume's was stale, and has been taken off
+    # What is not the volume's was stale, and has been taken off.
+    if top is None or top not in observed.uses():
         return False
     if top.read_only != request.wants_read_only:
         mode = "read-only" if top.read_only else "writable"
