@@ -15,7 +15,7 @@ from csi_vduse import log
 from csi_vduse.agent.model import VolumeStats
 from csi_vduse.config import ControllerConfig, NodeConfig, PoolConfig
 from csi_vduse.kube.api import at
-from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES
+from csi_vduse.kube.resources import CORE_NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.node.mounts import read_mounts
 from csi_vduse.services import controller_process, node_plugin
 from csi_vduse.services.node import Node
@@ -56,6 +56,9 @@ async def test_csi_sanity_passes_through_custom_resources(tmp_path: Path, access
         identity="sanity",
     )
     async with fake_api() as server:
+        await server.put(
+            CORE_NODES.named(node.node_id), {"metadata": {"name": node.node_id, "uid": "u"}, "spec": {}}
+        )
         api = at(server.url)
         async with (
             controller_process.serving(controller, api) as mirrors,
