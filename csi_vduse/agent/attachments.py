@@ -135,9 +135,8 @@ class Attachments:
         try:
             worker = await self.find_worker(attachment)
         except (VduseError, OSError):
-            self.reviver.worker_died(
-                attachment.volume_id
-            )  # if there is one, nobody can start another before it ends
+            # If there is one after all, nobody can start another before it ends.
+            self.reviver.worker_died(attachment.volume_id)
             raise
         if worker is None:
             self.reviver.worker_died(attachment.volume_id)

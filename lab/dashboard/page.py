@@ -9,10 +9,10 @@ from pathlib import Path
 from lab.cluster.built import built, digest
 from lab.cluster.layout import Layout
 from lab.dashboard.prometheus import SCRAPE_S
+from lab.demo_kubernetes import helm
 from lab.host import run
-from lab.paths import CHECKOUT
 
-DASHBOARD = CHECKOUT / "deploy" / "helm" / "csi-vduse" / "dashboards" / "csi-vduse.json"
+DASHBOARD = helm.CHART / "dashboards" / "csi-vduse.json"
 _PAGE = Path(__file__).parent / "page"
 _BUILD_S = 1800.0
 _DRAW_S = 300.0

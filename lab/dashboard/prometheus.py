@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lab.cluster.layout import Layout
+from lab.demo_kubernetes import helm
 from lab.errors import LabSetupError
 from lab.host import run, tail
-from lab.paths import CHECKOUT
 
 ADDRESS = "127.0.0.1:9090"
 SCRAPE_S = 5
 # Source: the chart's templates/monitoring/podmonitor.yaml.
 COMPONENTS = ("controller", "node")
 PORTS = re.compile("http|m-.*")
-_ALERTS = CHECKOUT / "deploy" / "helm" / "csi-vduse" / "alerts.yaml"
+_ALERTS = helm.CHART / "alerts.yaml"
 _READY_S = 60.0
 _END_S = 30.0
 _ASK_S = 30.0

@@ -38,13 +38,18 @@ async def _exhausted(*_: object) -> None:
     raise OSError(errno.EMFILE, "Too many open files")
 
 
-async def test_one_that_is_told_to_come_back_leaves_the_search_for_a_worker_alone(
-    agent: Agent, workers: FakeWorkers
-):
+async def _attached_without_a_worker(agent: Agent, workers: FakeWorkers) -> None:
+    """Have a volume whose worker died and whose search for another one is refused."""
     await agent.attach(SPEC)
     workers.fault = "refuse"
     workers.processes[0].kill()
     await until(lambda: "the image is missing" in agent.attachments()[0].state_reason)
+
+
+async def test_one_that_is_told_to_come_back_leaves_the_search_for_a_worker_alone(
+    agent: Agent, workers: FakeWorkers
+):
+    await _attached_without_a_worker(agent, workers)
     async with agent._volumes.alone("vol-1"):
         with pytest.raises(Pending):
             await agent.detach("vol-1")
@@ -68,10 +73,7 @@ async def test_it_does_not_wait_for_a_start_that_does_not_end(
 async def test_after_one_for_which_there_were_no_descriptors_the_volume_is_served_again(
     agent: Agent, workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
 ):
-    await agent.attach(SPEC)
-    workers.fault = "refuse"
-    workers.processes[0].kill()
-    await until(lambda: "the image is missing" in agent.attachments()[0].state_reason)
+    await _attached_without_a_worker(agent, workers)
 
     def exhausted(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
