@@ -100,7 +100,7 @@ class LocalMachine:
             try:
                 return subprocess.call(argv, cwd=cwd, env=environment(env), timeout=timeout_s)
             except subprocess.TimeoutExpired as error:
-                raise _killed(argv, error.timeout) from error
+                raise _killed(argv, timeout_s) from error
         process = self._start(argv, cwd, env, None)
         _communicate(process, argv, timeout_s, None)
         return process.returncode
@@ -132,10 +132,11 @@ def _communicate(
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise _killed(argv, error.timeout) from error
+            raise _killed(argv, timeout_s) from error
         raise
     return out or "", err or ""
 
 
-def _killed(argv: Sequence[str], timeout_s: float) -> CommandTimeout:
-    return CommandTimeout(f"`{shlex.join(argv)}` was killed after {timeout_s:g} s")
+def _killed(argv: Sequence[str], timeout_s: float | None) -> CommandTimeout:
+    # What was asked for: subprocess tells what was left of it when it began its last wait.
+    return CommandTimeout(f"`{shlex.join(argv)}` was killed after {timeout_s} s")
