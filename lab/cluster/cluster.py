@@ -86,12 +86,12 @@ class Cluster:
                 for boot in booting:
                     boot.result()
                 importing = [pool.submit(self._fill, machine, built.images) for machine in machines]
+                for import_ in importing:  # first: it fails at once if a node is gone
+                    import_.result()
                 for node in layout.nodes:
                     with step(f"{node.name} is Ready"):
                         self.kubectl("wait", "--for=create", f"node/{node.name}", "--timeout=10m")
                         self.kubectl("wait", "--for=condition=Ready", f"node/{node.name}", "--timeout=10m")
-                for import_ in importing:
-                    import_.result()
         except BaseException:
             bundle.collect(layout)
             raise

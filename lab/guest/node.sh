@@ -13,6 +13,18 @@ set -eu
 shift
 socket=/run/containerd/containerd.sock
 
+# The kernel changes its own code when the first control groups with these controllers, and with a quota, come to be.
+# An emulator whose other processor is just in that code ends the guest (int3 panic): kubelet and containers did that in
+# the midst of everything. So it is done now, and the groups stay, while the guest has a single processor.
+account() {
+    others=(/sys/devices/system/cpu/cpu[1-9]*/online)
+    for online in "${others[@]}"; do echo 0 >"$online"; done
+    echo "+cpuset +cpu +io +memory +pids" >/sys/fs/cgroup/cgroup.subtree_control
+    mkdir -p /sys/fs/cgroup/node /sys/fs/cgroup/first
+    echo "100000 100000" >/sys/fs/cgroup/first/cpu.max
+    for online in "${others[@]}"; do echo 1 >"$online"; done
+}
+
 network() {
     for _ in {1..300}; do
         device=$(grep -lx "$card" /sys/class/net/*/address | cut -d/ -f5)
@@ -108,10 +120,7 @@ kill_service() {
 
 case $1 in
     up)
-        # The kernel changes its own code when memory is first accounted. Now, while the guest has nothing to do: an emulator
-        # whose other processor is just in that code has ended guests (int3 panic) when kubelet made the first such cgroup.
-        mkdir -p /sys/fs/cgroup/node
-        echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+        account
         network
         disk
         modprobe -a overlay loop vduse virtio_vdpa vhost_vdpa    # as /etc/modules-load.d does on a real node; loop: for kubelet
