@@ -12,7 +12,7 @@ IN_VM := $(BIN)/python -m lab run --timeout 3600 -- $(BIN)/python -m pytest -q -
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-pauses bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -128,8 +128,11 @@ dashboard: cluster-deps ## a picture for the docs: the Grafana dashboard of the 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh
 
-bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 50 minutes, then hours of pauses
+bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 70 minutes
 	@$(call TIMED,$(BIN)/python -m bench)
+
+bench-pauses: bench-deps ## pauses in the VM over 100 events of each kind, which `make bench` takes 10 of: hours
+	@$(call TIMED,$(BIN)/python -m bench pause --events 100)
 
 bench-quick: bench-deps ## proves that all of the benchmarks run; their figures are void
 	@$(call TIMED,$(BIN)/python -m bench --quick)
