@@ -2,8 +2,8 @@
 
 A steady writer (4 KiB, eight in flight) runs on one volume in a process of its own and tells its gaps, with times.
 Here it is looked up which of them fell into the time of an event: from just before it until a moment after whoever
-serves is back. The same is done with no event at all, and with a process that has nothing to do with us and
-computes, because a busy machine pauses by itself: what an event costs is what is beyond that.
+serves is back. The same is done with no event at all, and with processes that have nothing to do with us and
+compute, because a busy machine pauses by itself: what an event costs is what is beyond that.
 
 What is kept true: the writer saw no error, or the whole measurement fails; every single pause is kept.
 """
@@ -24,7 +24,7 @@ from typing import Any
 from bench.servers import BenchError
 
 NOTHING = "nothing happens"
-COMPUTING = "another program computes"
+COMPUTING = "two other programs compute"
 KILL = "worker kill -9"
 AGENT_KILL = "agent kill -9"
 HANDOVER = "planned handover"

@@ -32,7 +32,8 @@ _IMAGE_BYTES = 16 << 20
 _REST_S = 0.2
 _TIMEOUT_S = 240.0
 _POLL_S = 0.02
-_COMPUTING_S = 2
+# At most: the shortest start that was seen counts, because a later one waits before it computes.
+_AGENT_START_S = 5.0
 
 
 def measure(count: int, wanted: str, folder: Path) -> dict[str, Any]:
@@ -60,14 +61,15 @@ class _Node:
         self._socket = run_dir / "agent.sock"
         self._channel: grpc.Channel | None = None
         self._volume_ids: list[str] = []
+        self._agent_start_s = _AGENT_START_S
         self.disk = ""
 
     def events(self) -> list[Event]:
         """What can happen to it."""
         return [
             Event(NOTHING, lambda: None, _REST_S),
-            Event(COMPUTING, self._compute, _REST_S),
             Event(AGENT_KILL, self._kill_agent, _REST_S),
+            Event(COMPUTING, self._compute, _REST_S),
             Event(HANDOVER, self._hand_over, _REST_S),
             Event(UPGRADE, self._upgrade, _REST_S),
             Event(KILL, self._kill_workers, CALM_S),
@@ -115,19 +117,22 @@ class _Node:
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*self._argv, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    @staticmethod
-    def _compute() -> None:
-        """Keep one processor busy for as long as an agent that starts does."""
-        subprocess.run(["timeout", f"{_COMPUTING_S}", "yes"], stdout=subprocess.DEVNULL, check=False)
+    def _compute(self) -> None:
+        """Compute as much as a start of the agent does, which is two processes: itself and its netlink helper."""
+        argv = ["timeout", f"{self._agent_start_s:.1f}", "yes"]
+        for process in [subprocess.Popen(argv, stdout=subprocess.DEVNULL) for _ in range(2)]:
+            process.wait()
 
     def _kill_agent(self) -> None:
         children = Path(f"/proc/{self._spawner.pid}/task/{self._spawner.pid}/children").read_text().split()
         (agent,) = [
             int(child) for child in children if os.getsid(int(child)) != int(child)
         ]  # workers lead a session
+        killed = time.monotonic()
         os.kill(agent, signal.SIGKILL)
         self._disconnect()
         self.wait_until_ready()
+        self._agent_start_s = min(self._agent_start_s, time.monotonic() - killed)
 
     def _hand_over(self) -> None:
         for volume_id in self._volume_ids:
