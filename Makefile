@@ -128,7 +128,7 @@ dashboard: cluster-deps ## a picture for the docs: the Grafana dashboard of the 
 bench-deps: lab-deps
 	@tools/install-bench-deps.sh
 
-bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: 70 minutes
+bench: bench-deps ## everything measured against the peers, on an otherwise quiet machine: an hour
 	@$(call TIMED,$(BIN)/python -m bench)
 
 bench-pauses: bench-deps ## pauses in the VM over 100 events of each kind, which `make bench` takes 10 of: hours
