@@ -1,12 +1,12 @@
 /*
- * Limits: how much passes, what passes free, and that nothing has to wait for them which must not. Rates are counted
- * over a second or so; bounds are wide, since a sanitizer on a busy machine is slow, but too much never passes.
+ * Limits: how much passes, what passes free, and that nothing has to wait for them which must not. Too much never
+ * passes. Too little may for once, since a sanitizer on a busy machine is slow; a limit that is too tight is always.
  */
 #include <string.h>
 
 #include "harness.h"
 
-enum { SECOND = 1000000000 };
+enum { SECOND = 1000000000, TRIES = 10 };
 
 static void limit(struct rig *rig, uint64_t requests_per_s, uint64_t bytes_per_s, uint32_t burst_ms)
 {
@@ -56,66 +56,70 @@ static void run_for(struct rig *rig, uint64_t ns, const int *depths, const uint3
     }
 }
 
+/* Run for a while on one queue: no more than this many requests pass, and about as many. */
+static void check_rate(struct rig *rig, double per_s, double burst, int depth, uint32_t length)
+{
+    double allowed;
+    uint64_t done;
+    int tries = 0;
+
+    do {
+        uint64_t began = now_ns();
+
+        CHECK(tries++ < TRIES);
+        run_for(rig, SECOND / 2, &depth, &length, &done);
+        allowed = per_s * (double)(now_ns() - began) / SECOND + burst + 1;
+        CHECK((double)done <= allowed * 1.01);
+    } while ((double)done < allowed * 0.6);
+}
+
 BOTH(requests_per_second_are_kept)
 {
     struct rig rig;
-    uint64_t done, began;
 
     rig_open(&rig, (struct plan){ .backend = "null" });
     limit(&rig, 2000, 0, 100);
-    began = now_ns();
-    run_for(&rig, SECOND, (int[]){ 16 }, (uint32_t[]){ 512 }, &done);
-    double allowed = 2000 * ((double)(now_ns() - began) / SECOND + 0.100) + 1;
-
-    CHECK((double)done <= allowed * 1.01);
-    CHECK((double)done >= allowed * 0.6);
+    check_rate(&rig, 2000, 200, 16, 512);
     struct vd_queue_stats stats = rig_stats(&rig, 0);
 
-    CHECK(stats.throttled > 100);
-    CHECK(stats.throttled_ns > SECOND / 4);
+    CHECK(stats.throttled > 50);
+    CHECK(stats.throttled_ns > SECOND / 8);
     rig_close(&rig);
 }
 
 CASE(bytes_per_second_are_kept)
 {
     struct rig rig;
-    uint64_t done, began;
 
     rig_open(&rig, (struct plan){ .backend = "null" });
     limit(&rig, 0, 64 * MIB, 100);
-    began = now_ns();
-    run_for(&rig, SECOND, (int[]){ 8 }, (uint32_t[]){ 65536 }, &done);
-    double allowed = 64.0 * MIB * ((double)(now_ns() - began) / SECOND + 0.100) + 65536;
-
-    CHECK((double)done * 65536 <= allowed * 1.01);
-    CHECK((double)done * 65536 >= allowed * 0.6);
+    check_rate(&rig, 1024, 102.4, 8, 65536);
     rig_close(&rig);
 }
 
 CASE(the_tighter_of_two_limits_rules)
 {
     struct rig rig;
-    uint64_t done;
 
     rig_open(&rig, (struct plan){ .backend = "null" });
     limit(&rig, 1000000, 1000 * 4096, 50);
-    run_for(&rig, SECOND / 2, (int[]){ 8 }, (uint32_t[]){ 4096 }, &done);
-    CHECK(done > 250 && done < 600);
+    check_rate(&rig, 1000, 50, 8, 4096);
     limit(&rig, 1000, 1 << 30, 50);
-    run_for(&rig, SECOND / 2, (int[]){ 8 }, (uint32_t[]){ 4096 }, &done);
-    CHECK(done > 250 && done < 600);
+    check_rate(&rig, 1000, 50, 8, 4096);
     rig_close(&rig);
 }
 
 CASE(a_device_that_was_idle_has_its_burst_and_no_more)
 {
     struct rig rig;
-    uint64_t done;
+    uint64_t done, began;
 
     rig_open(&rig, (struct plan){ .backend = "null" });
     limit(&rig, 100, 0, 2000);
+    began = now_ns();
     run_for(&rig, SECOND / 2, (int[]){ 16 }, (uint32_t[]){ 512 }, &done);
-    CHECK(done >= 200 && done < 300); /* 200 saved up, 50 earned, and those on their way at the end */
+    CHECK(done >= 200); /* saved up */
+    CHECK((double)done <= 202 + 100 * (double)(now_ns() - began) / SECOND);
     rig_close(&rig);
 }
 
@@ -285,16 +289,18 @@ CASE(limits_change_while_requests_wait_for_them)
 BOTH(no_queue_starves_beside_greedier_ones)
 {
     struct rig rig;
-    uint64_t done[QUEUES_MAX], all = 0;
+    uint64_t done[QUEUES_MAX], least;
+    int tries = 0;
 
-    rig_open(&rig, (struct plan){ .backend = "null", .queues = 3 });
+    rig_open(&rig, (struct plan){ .backend = "null", .queues = 3, .memory = 32 * MIB });
     limit(&rig, 600, 0, 50);
-    run_for(&rig, SECOND, (int[]){ 20, 1, 4 }, (uint32_t[]){ 65536, 512, 4096 }, done);
-    for (int i = 0; i < 3; i++)
-        all += done[i];
-    CHECK(all > 300 && all < 700);
-    for (int i = 0; i < 3; i++)
-        CHECK(done[i] > all / 6); /* half of a fair share */
+    do {
+        CHECK(tries++ < TRIES);
+        run_for(&rig, SECOND, (int[]){ 20, 1, 4 }, (uint32_t[]){ 65536, 512, 4096 }, done);
+        least = done[0];
+        for (int i = 1; i < 3; i++)
+            least = done[i] < least ? done[i] : least;
+    } while (least <= 100); /* half of a fair share */
     rig_close(&rig);
 }
 
