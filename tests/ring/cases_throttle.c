@@ -80,10 +80,7 @@ BOTH(requests_per_second_are_kept)
     rig_open(&rig, (struct plan){ .backend = "null" });
     limit(&rig, 2000, 0, 100);
     check_rate(&rig, 2000, 200, 16, 512);
-    struct vd_queue_stats stats = rig_stats(&rig, 0);
-
-    CHECK(stats.throttled > 50);
-    CHECK(stats.throttled_ns > SECOND / 8);
+    CHECK(rig_stats(&rig, 0).throttled > 0);
     rig_close(&rig);
 }
 
@@ -137,6 +134,8 @@ CASE(a_request_larger_than_the_burst_passes_and_is_paid_for)
     CHECK_EQUAL(blk_do(&rig.q[0], &a, VIRTIO_BLK_T_OUT, 0, MIB), VIRTIO_BLK_S_OK);
     CHECK_EQUAL(blk_do(&rig.q[0], &b, VIRTIO_BLK_T_IN, 0, MIB), VIRTIO_BLK_S_OK);
     CHECK(now_ns() - began >= SECOND / 4 - SECOND / 100);
+    CHECK_EQUAL(rig_stats(&rig, 0).throttled, 1);
+    CHECK(rig_stats(&rig, 0).throttled_ns > 0 && rig_stats(&rig, 0).throttled_ns <= now_ns() - began);
     CHECK(is_pattern(b.data, MIB, 1));
     rig_close(&rig);
 }
