@@ -277,6 +277,10 @@ class Engine:
         remote = self.backend_status() is not None
         return sum(q.in_flight if remote and not q.remote.connected else q.waiting for q in self._stats())
 
+    def abandoned_queues(self) -> int:
+        """Return how many queues were stopped without waiting and have not ended yet; until then none fetches."""
+        return int(lib.vd_engine_abandoned(self._engine))
+
     def faults(self) -> dict[int, str]:
         """Return the queues that wait for a reset, and why."""
         return {i: FAULTS[s.fault] for i, s in enumerate(self._stats()) if s.fault}

@@ -178,6 +178,8 @@ class ServedDevice:
 
     def _waiting(self) -> str:
         """What requests wait for, in words; empty if none does."""
+        if self.engine.abandoned_queues():
+            return "all requests wait until the backend has ended what was abandoned at a reset"
         count, newest = self.engine.waiting(), self.engine.failure()
         if not count or newest is None:
             return ""

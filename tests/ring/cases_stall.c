@@ -13,10 +13,8 @@
 #include "harness.h"
 #include "held_page.h"
 
-/* A rig whose image is the one that can stall. */
-static void stall_open(struct rig *rig, struct fuse_image *image, struct plan plan)
+static void open_on(struct rig *rig, struct fuse_image *image, struct plan plan)
 {
-    fuse_image_open(image, 4 * MIB);
     plan.backend = "null";
     plan.no_start = true;
     rig_open(rig, plan);
@@ -28,6 +26,13 @@ static void stall_open(struct rig *rig, struct fuse_image *image, struct plan pl
     for (uint32_t i = 0; i < rig->plan.queues; i++)
         CHECK_EQUAL(rig_start(rig, i), 0);
     blk_prove(rig, 0);
+}
+
+/* A rig whose image is the one that can stall. */
+static void stall_open(struct rig *rig, struct fuse_image *image, struct plan plan)
+{
+    fuse_image_open(image, 4 * MIB);
+    open_on(rig, image, plan);
 }
 
 static void let_go(struct rig *rig, struct fuse_image *image)
@@ -98,6 +103,43 @@ BOTH(writes_that_wait_behind_a_hang_are_never_done_with_later_data)
     dqueue_reset(q, 0);
     CHECK_EQUAL(rig_start(&rig, 0), 0);
     blk_prove(&rig, 0);
+    rig_close(&rig);
+}
+
+BOTH(a_write_that_was_given_up_does_not_land_on_what_its_successor_wrote)
+{
+    struct rig rig;
+    struct fuse_image image;
+
+    fuse_image_open_parallel(&image, 4 * MIB);
+    open_on(&rig, &image, (struct plan){ .queues = 2 });
+    struct blk first = blk_new(&rig, 4096), second = blk_new(&rig, 4096), other = blk_new(&rig, 4096);
+
+    memset(first.data, 0x44, 4096);
+    fuse_image_stall_one(&image);
+    blk_send(&rig.q[0], &first, VIRTIO_BLK_T_OUT, 800, 4096);
+    WAIT_FOR(fuse_image_stalled(&image));
+    CHECK_EQUAL(vd_queue_stop(rig.engine, 0, 50), -ETIMEDOUT);
+    CHECK_EQUAL(vd_queue_stop(rig.engine, 1, 50), 0);
+    CHECK_EQUAL(vd_engine_set_regions(rig.engine, NULL, 0), 0);
+    CHECK_EQUAL(vd_engine_set_regions(rig.engine, rig.driver.regions, 1), 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        dqueue_reset(&rig.q[i], 0);
+        CHECK_EQUAL(rig_start(&rig, i), 0);
+    }
+    memset(second.data, 0x55, 4096);
+    memset(other.data, 0x66, 4096);
+    blk_send(&rig.q[0], &second, VIRTIO_BLK_T_OUT, 800, 4096);
+    blk_send(&rig.q[1], &other, VIRTIO_BLK_T_OUT, 808, 4096);
+    CHECK(!dqueue_wait(&rig.q[0], 100)); /* both wait for the one that may still land, wherever they write */
+    CHECK(!dqueue_wait(&rig.q[1], 0));
+    CHECK_EQUAL(vd_engine_abandoned(rig.engine), 1);
+    let_go(&rig, &image);
+    CHECK_EQUAL(blk_finish(&rig.q[0], &second), VIRTIO_BLK_S_OK);
+    CHECK_EQUAL(blk_finish(&rig.q[1], &other), VIRTIO_BLK_S_OK);
+    CHECK(is_byte(image.content + 800 * 512, 4096, 0x55));
+    CHECK(is_byte(image.content + 808 * 512, 4096, 0x66));
+    CHECK_EQUAL(vd_engine_abandoned(rig.engine), 0);
     rig_close(&rig);
 }
 

@@ -61,7 +61,7 @@ static void transfer(struct fuse_image *image, int fd, struct waiting *w)
     free(w->data);
 }
 
-static void serve(struct fuse_image *image, int fd, uint64_t size)
+static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel)
 {
     static uint8_t buffer[REQUEST_BYTES + 4096];
     static struct waiting queue[WAITING_MAX];
@@ -112,7 +112,7 @@ static void serve(struct fuse_image *image, int fd, uint64_t size)
             break;
         }
         case FUSE_OPEN: {
-            struct fuse_open_out out = { .fh = 1 };
+            struct fuse_open_out out = { .fh = 1, .open_flags = parallel ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : 0 };
 
             reply(fd, in->unique, 0, &out, sizeof(out));
             break;
@@ -139,7 +139,7 @@ static void serve(struct fuse_image *image, int fd, uint64_t size)
             }
             if (new.offset + new.size > size)
                 new.size = new.offset < size ? (uint32_t)(size - new.offset) : 0;
-            if (load_acquire(image->stall) && waiting < WAITING_MAX) {
+            if (waiting < load_acquire(image->stall)) {
                 queue[waiting++] = new;
                 store_release(image->stalled, waiting);
             } else {
@@ -168,7 +168,7 @@ static void unmount(void)
     rmdir(mount_point);
 }
 
-void fuse_image_open(struct fuse_image *image, uint64_t size)
+static void open_image(struct fuse_image *image, uint64_t size, bool parallel)
 {
     char options[128];
     int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
@@ -191,7 +191,7 @@ void fuse_image_open(struct fuse_image *image, uint64_t size)
     if (!server) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         alarm(LIFE_S);
-        serve(image, fd, size);
+        serve(image, fd, size, parallel);
         _exit(0);
     }
     close(fd);
@@ -199,9 +199,24 @@ void fuse_image_open(struct fuse_image *image, uint64_t size)
     snprintf(image->path, sizeof(image->path), "%s/image", mount_point);
 }
 
+void fuse_image_open(struct fuse_image *image, uint64_t size)
+{
+    open_image(image, size, false);
+}
+
+void fuse_image_open_parallel(struct fuse_image *image, uint64_t size)
+{
+    open_image(image, size, true);
+}
+
 void fuse_image_stall(struct fuse_image *image, bool stall)
 {
-    store_release(image->stall, stall);
+    store_release(image->stall, stall ? WAITING_MAX : 0);
+}
+
+void fuse_image_stall_one(struct fuse_image *image)
+{
+    store_release(image->stall, 1);
 }
 
 void fuse_image_fail(struct fuse_image *image, int error)

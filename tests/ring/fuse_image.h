@@ -7,7 +7,7 @@
 
 struct fuse_image {
     char path[128];
-    int32_t *stall;   /* 1: transfers wait; shared with the server */
+    int32_t *stall;   /* how many transfers wait at most, 0: none, and those that do are done; shared with the server */
     int32_t *stalled; /* how many wait */
     int32_t *error;   /* what everything is answered with, if not 0 */
     uint8_t *content; /* shared too: what is on the disk */
@@ -15,7 +15,11 @@ struct fuse_image {
 
 /* Mount it; skips the case where that is not possible. The size is at most a few MiB. */
 void fuse_image_open(struct fuse_image *image, uint64_t size);
+/* The same, with no write waiting for another one and no page cache: as a disk is. */
+void fuse_image_open_parallel(struct fuse_image *image, uint64_t size);
 void fuse_image_stall(struct fuse_image *image, bool stall);
+/* Only the next one stalls. */
+void fuse_image_stall_one(struct fuse_image *image);
 void fuse_image_fail(struct fuse_image *image, int error);
 int32_t fuse_image_stalled(const struct fuse_image *image);
 

@@ -203,6 +203,8 @@ int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes);
 /* Change the limits, at any time; what waits for the old ones asks again. */
 void vd_engine_set_limits(struct vd_engine *engine, const struct vd_limits *limits);
 void vd_engine_failure(struct vd_engine *engine, struct vd_failure *failure);
+/* Queues that were stopped without waiting and have not ended yet: until then no queue fetches. */
+uint32_t vd_engine_abandoned(struct vd_engine *engine);
 
 /*
  * In-flight logs: the size of a queue's, and making one of a queue that the driver has just reset (index 0), which a
@@ -214,8 +216,8 @@ int vd_inflight_init(void *log, uint64_t bytes, uint32_t queue_size, int packed)
 /* -EINVAL also if the log is not one of this queue. */
 int vd_queue_start(struct vd_engine *engine, uint32_t index, const struct vd_queue_config *config);
 /*
- * Stop fetching, wait for what is in flight, end the thread. After timeout_ms what is still in flight is
- * abandoned: it ends in the background and its results are dropped; -ETIMEDOUT. Not running is fine. After
+ * Stop fetching, wait for what is in flight, end the thread. Not running is fine. After timeout_ms what is still in flight
+ * is abandoned: it ends in the background, its results are dropped, and until then no queue fetches; -ETIMEDOUT. After
  * -ETIMEDOUT replace the address map before the driver may use its memory again: that is what keeps late reads out
  * of it, but for pages that the kernel has pinned for direct I/O already. What was abandoned stays in the in-flight log,
  * which the caller must not unmap then.

@@ -131,6 +131,11 @@ void vd_engine_failure(struct vd_engine *engine, struct vd_failure *failure)
     pthread_mutex_unlock(&engine->failure_lock);
 }
 
+uint32_t vd_engine_abandoned(struct vd_engine *engine)
+{
+    return load_acquire(&engine->abandoned);
+}
+
 void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_queue_stats *stats)
 {
     _Static_assert(sizeof(*stats) % sizeof(uint64_t) == 0, "copied by words, so that no counter is torn");

@@ -11,7 +11,8 @@
  * Commands come from the control thread: RUN, PAUSE (fetch nothing, finish what is in flight), STOP (the same,
  * then end). A backend may hang, and a reset has to be answered all the same: a queue that does not drain in time
  * is abandoned. From then on its thread touches the driver's memory no more; it outlives the engine's interest in it,
- * cancels what it can, waits for its last completion, and frees itself. While the command is not RUN the part of each
+ * cancels what it can, waits for its last completion, and frees itself. Until then no queue of the engine fetches: a
+ * write that was given up must not land on what its driver, or the next one, wrote later. While the command is not RUN the part of each
  * turn that answers the driver holds the queue's lock, so that abandoning falls between turns. The part that enters
  * the kernel holds no lock: that is where a backend hangs.
  *
@@ -32,6 +33,7 @@
 enum {
     POLLS_PER_CLOCK = 16,
     SHOW_NS = 50000, /* completions are shown at the end of a batch, or after this */
+    LOOK_NS = 20000000, /* how often a queue looks whether what was abandoned has ended */
 };
 
 /* User data of the polls and of a cancellation; requests are pointers, so larger. */
@@ -247,6 +249,13 @@ static bool completions_wait(const struct vd_queue *q)
     return load_relaxed(q->uring.sq.kflags) & IORING_SQ_TASKRUN;
 }
 
+/* Whether chains may be taken from the ring: what a predecessor left is in flight already, whatever the command is. */
+static bool may_fetch(const struct vd_queue *q, enum command command)
+{
+    return (command == RUN || q->ring.replay_left) && !q->fault && !q->held && !load_relaxed(&q->abandoned) &&
+           !load_acquire(&q->engine->abandoned);
+}
+
 /* First part of a turn: fetch, and let the kernel have it. Returns how much there was. */
 static unsigned advance(struct vd_queue *q, enum command command)
 {
@@ -255,8 +264,7 @@ static unsigned advance(struct vd_queue *q, enum command command)
     q->now_ns = now_ns();
     if (q->held)
         work = start_held(q, command != RUN || q->fault);
-    /* What a predecessor left is in flight already, whatever the command is. */
-    if ((command == RUN || q->ring.replay_left) && !q->fault && !q->held && !load_relaxed(&q->abandoned))
+    if (may_fetch(q, command))
         work += (unsigned)fetch(q);
     if (q->engine->ops->turn)
         q->engine->ops->turn(q);
@@ -292,7 +300,7 @@ static void cancel(struct vd_queue *q)
 
 static bool has_work(const struct vd_queue *q)
 {
-    return (!q->held && vd_vring_available(&q->ring)) || completions_wait(q) || io_uring_cq_ready(&q->uring);
+    return (may_fetch(q, RUN) && vd_vring_available(&q->ring)) || completions_wait(q) || io_uring_cq_ready(&q->uring);
 }
 
 /* Look for work without sleeping for as long as that is likely to pay; true if there is some, or an interrupt was due. */
@@ -332,10 +340,21 @@ static void arm(struct vd_queue *q, int fd, void *data, bool *armed)
     *armed = true;
 }
 
+/* Sleep until a completion, a kick, a command, or the moment. */
+static void sleep_until(struct vd_queue *q, uint64_t until_ns)
+{
+    uint64_t now = now_ns(), left = until_ns > now ? until_ns - now : 1;
+    struct __kernel_timespec timeout = { (int64_t)(left / 1000000000), (long long)(left % 1000000000) };
+    struct io_uring_cqe *cqe;
+
+    /* The time that the kernel waits at most is an argument of the wait: there is no timer that could be left over. */
+    (void)io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL);
+}
+
 /* Sleep until a completion, a kick or a command, unless there turns out to be something to do already. */
 static void rest(struct vd_queue *q, enum command command, bool abandoned)
 {
-    bool fetching = command == RUN && !q->fault && !q->held;
+    bool fetching = command == RUN && may_fetch(q, command);
 
     if (abandoned && !q->cancelled)
         cancel(q);
@@ -348,7 +367,9 @@ static void rest(struct vd_queue *q, enum command command, bool abandoned)
     if (load_acquire(&q->command) != (int)command)
         return;
     if (q->held)
-        vd_throttle_sleep(q);
+        sleep_until(q, q->held_until_ns);
+    else if (!abandoned && load_acquire(&q->engine->abandoned))
+        sleep_until(q, now_ns() + LOOK_NS); /* whoever ends last does not know who waits for it */
     else
         io_uring_submit_and_wait(&q->uring, 1);
     vd_pace_woke(&q->pace, true, now_ns());

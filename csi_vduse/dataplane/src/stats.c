@@ -38,7 +38,7 @@ void vd_count_none(struct vd_queue *q)
 
 void vd_count_answered(struct vd_queue *q)
 {
-    uint64_t ns = q->now_ns - q->stats->unanswered_since_ns;
+    uint64_t ns = q->now_ns - load_relaxed(&q->stats->unanswered_since_ns);
 
     if (ns > STALL_NS)
         count_up(&q->stats->stalled_ns, ns);

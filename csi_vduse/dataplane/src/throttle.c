@@ -104,13 +104,3 @@ struct vd_request *vd_throttle_release(struct vd_queue *q, bool now)
     q->held = NULL;
     return r;
 }
-
-void vd_throttle_sleep(struct vd_queue *q)
-{
-    uint64_t now = now_ns(), left = q->held_until_ns > now ? q->held_until_ns - now : 1;
-    struct __kernel_timespec timeout = { (int64_t)(left / 1000000000), (long long)(left % 1000000000) };
-    struct io_uring_cqe *cqe;
-
-    /* The time that the kernel waits at most is an argument of the wait: there is no timer that could be left over. */
-    (void)io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL);
-}

@@ -33,7 +33,4 @@ bool vd_throttle_admit(struct vd_queue *queue, struct vd_request *request);
 /* The held request if its time has come, or now if now is true; else NULL. */
 struct vd_request *vd_throttle_release(struct vd_queue *queue, bool now);
 
-/* Submit and sleep as io_uring_submit_and_wait, but no longer than the held request has to. */
-void vd_throttle_sleep(struct vd_queue *queue);
-
 #endif
