@@ -403,4 +403,9 @@ def _open_error(number: int, path: str, capacity_bytes: int) -> VduseError:
             return Unavailable(
                 f"image {path} is in use by another worker", hint="an image has one writer at a time"
             )
+        case errno.EBUSY:
+            return Unavailable(
+                f"block device {path} is in use",
+                hint="it is mounted, part of another device, or served by another worker; see lsblk and its holders",
+            )
     return VduseError(f"opening the backend {path!r} failed: {os.strerror(number)}")

@@ -48,7 +48,9 @@ static struct fuse_attr attributes(uint64_t node, uint64_t size)
 
 static void transfer(struct fuse_image *image, int fd, struct waiting *w)
 {
-    if (w->header.opcode == FUSE_READ) {
+    if (load_acquire(image->error)) {
+        reply(fd, w->header.unique, load_acquire(image->error), NULL, 0);
+    } else if (w->header.opcode == FUSE_READ) {
         reply(fd, w->header.unique, 0, image->content + w->offset, w->size);
     } else if (w->header.opcode == FUSE_FSYNC) {
         reply(fd, w->header.unique, 0, NULL, 0);
@@ -61,7 +63,7 @@ static void transfer(struct fuse_image *image, int fd, struct waiting *w)
     free(w->data);
 }
 
-static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel)
+static void serve(struct fuse_image *image, int fd, uint64_t size, enum fuse_image_kind kind)
 {
     static uint8_t buffer[REQUEST_BYTES + 4096];
     static struct waiting queue[WAITING_MAX];
@@ -94,7 +96,7 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
         switch (in->opcode) {
         case FUSE_INIT: {
             struct fuse_init_out out = { .major = FUSE_KERNEL_VERSION, .minor = 31, .max_readahead = 0,
-                                         .flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES, .max_background = 64,
+                                         .flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | (kind == FUSE_IMAGE_WRITEBACK ? FUSE_WRITEBACK_CACHE : 0), .max_background = 64,
                                          .congestion_threshold = 64, .max_write = 128 * 1024, .time_gran = 1 };
             reply(fd, in->unique, 0, &out, sizeof(out));
             break;
@@ -105,6 +107,7 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
             reply(fd, in->unique, strcmp(body, "image") ? ENOENT : 0, &out, strcmp(body, "image") ? 0 : sizeof(out));
             break;
         }
+        case FUSE_SETATTR: /* times */
         case FUSE_GETATTR: {
             struct fuse_attr_out out = { .attr_valid = 3600, .attr = attributes(in->nodeid, size) };
 
@@ -112,7 +115,7 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
             break;
         }
         case FUSE_OPEN: {
-            struct fuse_open_out out = { .fh = 1, .open_flags = parallel ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : 0 };
+            struct fuse_open_out out = { .fh = 1, .open_flags = kind == FUSE_IMAGE_PARALLEL ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : 0 };
 
             reply(fd, in->unique, 0, &out, sizeof(out));
             break;
@@ -124,8 +127,8 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
             struct fuse_write_in *w = body;
             struct waiting new = { .header = *in };
 
-            if (load_acquire(image->error)) {
-                reply(fd, in->unique, load_acquire(image->error), NULL, 0);
+            if (kind == FUSE_IMAGE_WRITEBACK && in->opcode == FUSE_READ && r->flags & O_DIRECT && r->size % 4096) {
+                reply(fd, in->unique, EINVAL, NULL, 0);
                 break;
             }
             if (in->opcode != FUSE_FSYNC) {
@@ -133,7 +136,10 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
                 new.size = r->size;
             }
 
+            if (in->opcode == FUSE_FSYNC)
+                store_release(image->syncs, *image->syncs + 1);
             if (in->opcode == FUSE_WRITE) {
+                store_release(image->cached, *image->cached + !(w->flags & O_DIRECT));
                 new.data = malloc(w->size);
                 memcpy(new.data, w + 1, w->size);
             }
@@ -147,6 +153,9 @@ static void serve(struct fuse_image *image, int fd, uint64_t size, bool parallel
             }
             break;
         }
+        case FUSE_FALLOCATE:
+            reply(fd, in->unique, load_acquire(image->zeroing) ? load_acquire(image->zeroing) : ENOSYS, NULL, 0);
+            break;
         case FUSE_FLUSH:
         case FUSE_RELEASE:
             reply(fd, in->unique, 0, NULL, 0);
@@ -168,7 +177,7 @@ static void unmount(void)
     rmdir(mount_point);
 }
 
-static void open_image(struct fuse_image *image, uint64_t size, bool parallel)
+void fuse_image_open_kind(struct fuse_image *image, uint64_t size, enum fuse_image_kind kind)
 {
     char options[128];
     int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
@@ -179,6 +188,9 @@ static void open_image(struct fuse_image *image, uint64_t size, bool parallel)
     image->stall = (int32_t *)shared;
     image->stalled = image->stall + 1;
     image->error = image->stall + 2;
+    image->cached = image->stall + 3;
+    image->zeroing = image->stall + 4;
+    image->syncs = image->stall + 5;
     image->content = shared + 4096;
     CHECK(mkdtemp(mount_point));
     snprintf(options, sizeof(options), "fd=%d,rootmode=40000,user_id=0,group_id=0", fd);
@@ -191,7 +203,7 @@ static void open_image(struct fuse_image *image, uint64_t size, bool parallel)
     if (!server) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         alarm(LIFE_S);
-        serve(image, fd, size, parallel);
+        serve(image, fd, size, kind);
         _exit(0);
     }
     close(fd);
@@ -201,12 +213,7 @@ static void open_image(struct fuse_image *image, uint64_t size, bool parallel)
 
 void fuse_image_open(struct fuse_image *image, uint64_t size)
 {
-    open_image(image, size, false);
-}
-
-void fuse_image_open_parallel(struct fuse_image *image, uint64_t size)
-{
-    open_image(image, size, true);
+    fuse_image_open_kind(image, size, FUSE_IMAGE_PLAIN);
 }
 
 void fuse_image_stall(struct fuse_image *image, bool stall)

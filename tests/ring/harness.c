@@ -109,14 +109,16 @@ void rig_open(struct rig *rig, struct plan plan)
     plan.packed |= packed;
     rig->plan = plan;
     rig->image_fd = -1;
-    if (!strcmp(plan.backend, "file"))
+    if (plan.image)
+        snprintf(rig->path, sizeof(rig->path), "%s", plan.image);
+    else if (!strcmp(plan.backend, "file"))
         rig->image_fd = image_new(plan.directory, plan.image_bytes, rig->path);
     rig->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     CHECK(rig->event_fd >= 0);
     rig->config = (struct vd_config){
         .away_ms = plan.away_ms,
         .max_queues = QUEUES_MAX,
-        .block_size_bytes = 512,
+        .block_size_bytes = plan.block_bytes ? plan.block_bytes : 512,
         .capacity_bytes = plan.capacity,
         .read_only = plan.read_only,
         .event_fd = rig->event_fd,

@@ -102,7 +102,8 @@ struct plan {
     uint16_t size;            /* 64 */
     uint64_t memory;          /* 8 MiB */
     uint32_t regions;         /* 1 */
-    uint64_t iova, gap;
+    uint64_t iova, gap;    const char *image;      /* of the file backend; NULL: a new file */
+    uint32_t block_bytes;   /* of the volume; 0: 512 */
 };
 
 struct rig {

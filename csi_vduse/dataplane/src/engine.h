@@ -39,11 +39,11 @@ struct vd_request {
     uint64_t data_bytes;     /* what it counts for in the queue's data_bytes */
     struct vd_extent *extents;
     uint32_t extent_count;
-    /* The backend's own: how far it has come, and by what means. */
+    /* The backend's own: how far it has come, by what means, and who waits with it. */
+    struct vd_request *next;
     uint64_t done;
     uint32_t step;
     int method;
-    uint64_t mark;
     bool waits;                /* see waiting.c */
     uint64_t failing_since_ns; /* 0: it has not failed yet */
 };
@@ -142,6 +142,17 @@ struct io_uring_sqe *vd_queue_sqe(struct vd_queue *queue, void *data);
 static inline bool vd_event_is_backends(const void *data)
 {
     return (uintptr_t)data & 1 && (uintptr_t)data > 4096;
+}
+
+/* Pages of the driver's memory went away: what has been read since may be zeros of ours. */
+static inline bool vd_queue_memory_lost(const struct vd_queue *queue)
+{
+    return load_relaxed(&queue->engine->memory_faults) != queue->memory_faults;
+}
+
+static inline uint32_t vd_queue_index(const struct vd_queue *queue)
+{
+    return (uint32_t)(queue->stats - queue->engine->stats);
 }
 
 /* End its sleep. */

@@ -33,6 +33,7 @@
 enum {
     POLLS_PER_CLOCK = 16,
     SHOW_NS = 50000, /* completions are shown at the end of a batch, or after this */
+    NAP_NS = 1000000,
     LOOK_NS = 20000000, /* how often a queue looks whether what was abandoned has ended */
 };
 
@@ -52,12 +53,21 @@ void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
     vd_engine_wake_control(q->engine);
 }
 
+/* The kernel took nothing, for want of memory perhaps: ask again in a moment, not at once and for ever. */
+static void nap(int result)
+{
+    const struct timespec moment = { .tv_nsec = NAP_NS };
+
+    if (result < 0 && result != -EINTR && result != -ETIME)
+        nanosleep(&moment, NULL);
+}
+
 struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, void *data)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&q->uring);
 
     while (!sqe) {
-        io_uring_submit(&q->uring);
+        nap(io_uring_submit(&q->uring));
         sqe = io_uring_get_sqe(&q->uring);
     }
     io_uring_sqe_set_data(sqe, data);
@@ -88,16 +98,10 @@ void vd_request_finish(struct vd_queue *q, struct vd_request *r, int error)
     vd_vring_push(&q->ring, r->id, filled ? (uint32_t)r->length + 1 : 1);
 }
 
-/* Pages of the driver's memory went away, and what was read since may be zeros of ours. */
-static bool memory_lost(const struct vd_queue *q)
-{
-    return load_relaxed(&q->engine->memory_faults) != q->memory_faults;
-}
-
 /* The driver broke the protocol. */
 static void break_down(struct vd_queue *q, enum vd_queue_fault fault)
 {
-    if (memory_lost(q))
+    if (vd_queue_memory_lost(q))
         fault = VD_FAULT_MEMORY; /* or did not: it is not to blame for zeros of ours */
     else if (!load_relaxed(&q->abandoned))
         count_up(&q->stats->malformed, 1);
@@ -111,7 +115,7 @@ static void interrupt(struct vd_queue *q)
         return;
     count_up(&q->stats->interrupts, 1);
     if (q->config.notify_ioctl) {
-        uint32_t index = (uint32_t)(q->stats - q->engine->stats);
+        uint32_t index = vd_queue_index(q);
 
         (void)!ioctl(q->config.notify_fd, q->config.notify_ioctl, &index);
     } else {
@@ -124,7 +128,7 @@ static void interrupt(struct vd_queue *q)
 /* Show the driver what has ended since the last turn, and interrupt it, now or a little later. */
 static void publish(struct vd_queue *q, enum command command)
 {
-    if (memory_lost(q))
+    if (vd_queue_memory_lost(q))
         vd_queue_fault(q, VD_FAULT_MEMORY);
     if (q->fault)
         return;
@@ -169,7 +173,7 @@ static int fetch(struct vd_queue *q)
         vd_count_taken(q);
         if (!vd_blk_begin(q, r, &chain))
             continue;
-        if (memory_lost(q))
+        if (vd_queue_memory_lost(q))
             vd_queue_fault(q, VD_FAULT_MEMORY); /* a write that lost its header must not go to sector 0 */
         if (q->fault || load_relaxed(&q->abandoned)) {
             vd_request_finish(q, r, ECANCELED);
@@ -348,7 +352,7 @@ static void sleep_until(struct vd_queue *q, uint64_t until_ns)
     struct io_uring_cqe *cqe;
 
     /* The time that the kernel waits at most is an argument of the wait: there is no timer that could be left over. */
-    (void)io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL);
+    nap(io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL));
 }
 
 /* Sleep until a completion, a kick or a command, unless there turns out to be something to do already. */
@@ -371,7 +375,7 @@ static void rest(struct vd_queue *q, enum command command, bool abandoned)
     else if (!abandoned && load_acquire(&q->engine->abandoned))
         sleep_until(q, now_ns() + LOOK_NS); /* whoever ends last does not know who waits for it */
     else
-        io_uring_submit_and_wait(&q->uring, 1);
+        nap(io_uring_submit_and_wait(&q->uring, 1));
     vd_pace_woke(&q->pace, true, now_ns());
     if (fetching && !load_relaxed(&q->abandoned))
         vd_vring_disable_kick(&q->ring);

@@ -20,7 +20,7 @@ static struct __kernel_timespec again = { .tv_nsec = AGAIN_MS * 1000000 }; /* re
 static bool may_pass(int error)
 {
     switch (error) {
-    case ENOSPC: case EDQUOT: case EIO: case ENODEV: case ENXIO: case ESTALE: case ENOTCONN: case ETIMEDOUT: case EREMOTEIO:
+    case EAGAIN: case ENOSPC: case EDQUOT: case EIO: case ENODEV: case ENXIO: case ESTALE: case ENOTCONN: case ETIMEDOUT: case EREMOTEIO:
         return true;
     default:
         return false;
