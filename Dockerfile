@@ -24,7 +24,7 @@ RUN /opt/csi-vduse/bin/pip install --no-cache-dir --no-compile --disable-pip-ver
 FROM ${BASE}
 # mount, mkfs and the like for the node plugin; modprobe for the agent's init container.
 RUN apt-get update && apt-get install --yes --no-install-recommends \
-        python3 liburing2 libssl3t64 util-linux mount kmod e2fsprogs xfsprogs btrfs-progs ca-certificates \
+        python3 liburing2 libssl3t64 libseccomp2 util-linux mount kmod e2fsprogs xfsprogs btrfs-progs ca-certificates \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
     && ln -s /opt/csi-vduse/bin/csi-vduse /opt/csi-vduse/bin/kubectl-vduse /usr/local/bin/
 COPY --from=build /opt/csi-vduse /opt/csi-vduse

@@ -20,7 +20,7 @@ help: ## this list
 deps:
 	@tools/install-deps.sh
 
-$(STAMP): pyproject.toml setup.py csi_vduse/dataplane/_build.py $(ENGINE)
+$(STAMP): pyproject.toml setup.py csi_vduse/dataplane/_build.py csi_vduse/dataplane/_system_build.py $(ENGINE)
 	@tools/install-deps.sh
 	@echo "make: installing csi-vduse and its Python packages into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -149,5 +149,5 @@ verify: install ## generated files, ruff, mypy, import contracts
 	@$(BIN)/lint-imports
 
 clean: ## remove the virtual environment and what was built; the cache stays
-	rm -rf $(VENV) build *.egg-info csi_vduse/dataplane/_engine.c csi_vduse/dataplane/*.so
+	rm -rf $(VENV) build *.egg-info csi_vduse/dataplane/_engine.c csi_vduse/dataplane/_system.c csi_vduse/dataplane/*.so
 	$(MAKE) -C tests/ring clean

@@ -3,7 +3,7 @@
 # Idempotent, and quick when everything is there. What only the laboratory needs is in lab/install-deps.sh.
 set -eu
 
-packages="python3-venv python3-dev gcc g++ libc6-dev make liburing-dev libssl-dev linux-libc-dev e2fsprogs xfsprogs btrfs-progs util-linux kmod \
+packages="python3-venv python3-dev gcc g++ libc6-dev make liburing-dev libssl-dev libseccomp2 linux-libc-dev e2fsprogs xfsprogs btrfs-progs util-linux kmod \
     qemu-utils qemu-system-common openssl"
 missing=
 for package in $packages; do

@@ -111,6 +111,11 @@ def init_inflight(log: mmap.mmap, queue_size: int, *, packed: bool) -> None:
     _check(lib.vd_inflight_init(buffer, len(buffer), queue_size, packed), "making an in-flight log")
 
 
+def is_kernels_own(fd: int) -> bool:
+    """Whether a file has no place in any file system (anon_inode): not a VM's memory, which is somebody's file."""
+    return bool(lib.vd_is_anonymous(fd))
+
+
 class Engine:
     """One device's backend, address map and queues.
 
@@ -387,25 +392,28 @@ def _check(result: int, what: str) -> None:
 
 
 def _open_error(number: int, path: str, capacity_bytes: int) -> VduseError:
-    match number:
-        case errno.ENOENT | errno.ENOTDIR:
-            return NotFound(f"image {path} does not exist")
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return PermissionDenied(f"image {path} cannot be opened: {os.strerror(number)}")
-        case errno.EISDIR:
-            return InvalidArgument(f"{path} is neither a regular file nor a block device")
-        case errno.ENOSPC:
-            return FailedPrecondition(
-                f"image {path} is smaller than the {capacity_bytes} bytes of the volume",
-                hint="it was cut short; restore it before data beyond its end is needed",
-            )
-        case errno.EAGAIN:
-            return Unavailable(
-                f"image {path} is in use by another worker", hint="an image has one writer at a time"
-            )
-        case errno.EBUSY:
-            return Unavailable(
-                f"block device {path} is in use",
-                hint="it is mounted, part of another device, or served by another worker; see lsblk and its holders",
-            )
-    return VduseError(f"opening the backend {path!r} failed: {os.strerror(number)}")
+    short = FailedPrecondition(
+        f"image {path} is smaller than the {capacity_bytes} bytes of the volume",
+        hint="it was cut short; restore it before data beyond its end is needed",
+    )
+    busy = Unavailable(
+        f"block device {path} is in use",
+        hint="it is mounted, part of another device, or served by another worker; see lsblk and its holders",
+    )
+    locked = Unavailable(
+        f"image {path} is in use by another worker", hint="an image has one writer at a time"
+    )
+    missing = NotFound(f"image {path} does not exist")
+    closed = PermissionDenied(f"image {path} cannot be opened: {os.strerror(number)}")
+    known = {
+        errno.ENOENT: missing,
+        errno.ENOTDIR: missing,
+        errno.EACCES: closed,
+        errno.EPERM: closed,
+        errno.EROFS: closed,
+        errno.EISDIR: InvalidArgument(f"{path} is neither a regular file nor a block device"),
+        errno.ENOSPC: short,
+        errno.EBUSY: busy,
+        errno.EAGAIN: locked,
+    }
+    return known.get(number, VduseError(f"opening the backend {path!r} failed: {os.strerror(number)}"))

@@ -14,21 +14,19 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 from csi_vduse import log
 from csi_vduse.dataplane import config_space, messages
 from csi_vduse.dataplane.device import VQ_INJECT_IRQ, Device, DeviceSpec, IotlbEntry
-from csi_vduse.dataplane.engine import Engine, QueueAddress, Region
+from csi_vduse.dataplane.engine import Engine, QueueAddress, Region, is_kernels_own
 from csi_vduse.dataplane.inflight import InflightLog
 from csi_vduse.errors import DeadlineExceeded, DeviceBroken, VduseError
 
 DRAIN_TIMEOUT_S: Final = 5.0
 _LEAST_DRAIN_S: Final = 0.1  # for an idle queue behind one that used the time up
-# All memory of a virtio_vdpa device is one file whose offsets are IOVAs: bounce pages, then rings. Mapping it
-# whole costs address space only (drivers/vdpa/vdpa_user/iova_domain.c; VDUSE_IOVA_SIZE in vduse_dev.c).
-_DOMAIN_FILE: Final = "anon_inode:[vduse-domain]"
+# All memory of a virtio_vdpa device is one file of the kernel's, whose offsets are IOVAs: bounce pages, then rings. Mapping
+# it whole costs address space only (drivers/vdpa/vdpa_user/iova_domain.c; VDUSE_IOVA_SIZE in vduse_dev.c).
 _DOMAIN_BYTES: Final = (1 << 30) + (128 << 20)
 
 
@@ -309,6 +307,6 @@ def _entries(device: Device) -> Iterator[list[IotlbEntry]]:
 
 def _regions(entries: list[IotlbEntry]) -> list[Region]:
     for entry in entries:
-        if str(Path(f"/proc/self/fd/{entry.fd}").readlink()) == _DOMAIN_FILE:
+        if is_kernels_own(entry.fd):
             return [Region(0, _DOMAIN_BYTES, 0, entry.fd, writable=True)]
     return [Region(e.start, e.last - e.start + 1, e.offset, e.fd, e.writable) for e in entries]

@@ -4,6 +4,8 @@ One thread, one selector: the device's control messages, requests of the agent, 
 threads do the I/O; nothing here is on their path. A worker that serves ends when it is told to stop, never because
 the agent went away: the agent finds it again at the path it listens on. One that serves nothing (not yet, or it has
 handed its device over) ends with any of its connections: an agent that dies leaves no idle ones behind.
+
+Between opening its backend and serving it gives up whatever else it may do (jail.py): it serves one device in its life.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import structlog
 
 from csi_vduse import log
-from csi_vduse.dataplane import backend_spec, channel, throttle, versions
+from csi_vduse.dataplane import backend_spec, channel, jail, throttle, versions
 from csi_vduse.dataplane.backend_log import BackendLog
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
@@ -69,6 +71,7 @@ class Worker:
         self._backend_log = BackendLog()
         self._resume_at: float | None = None
         self._running = True
+        self._jailed = False
         self._listener = _listen(listen_path)
         self._watch(self._listener, self._accept)
         self._watch(control, lambda: self._serve_control(control))
@@ -162,6 +165,8 @@ class Worker:
     def _start(self, message: channel.Message, fds: list[int]) -> None:
         if self._served is not None:
             raise FailedPrecondition("this worker serves a device already")
+        if self._jailed:
+            raise FailedPrecondition("this worker has given up what a start needs", hint="start another one")
         if len(fds) != 2:
             raise InvalidArgument(
                 f"start came with {len(fds)} descriptors", hint="send the VDUSE device and the in-flight log"
@@ -173,6 +178,7 @@ class Worker:
         with contextlib.ExitStack() as undo:
             undo.callback(engine.close)
             engine.set_throttle(throttle.from_json(message.get("throttle")))
+            self._give_up(device_fd)
             inflight = InflightLog(log_fd, LogIdentity(**message["inflight"]))
             served = ServedDevice(
                 Device(device_fd, spec.name), engine, spec, inflight, resume=bool(message.get("resume"))
@@ -183,6 +189,13 @@ class Worker:
         self._backend_log = BackendLog()
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
+
+    def _give_up(self, device_fd: int) -> None:
+        """Go to jail: as a user that is the device's alone."""
+        missing = jail.enter(jail.FIRST_USER + os.minor(os.fstat(device_fd).st_rdev))
+        self._jailed = True
+        if missing:
+            self._log.warning("a worker is jailed less than it could be", missing=missing)
 
     def _engine(self, message: channel.Message) -> Engine:
         spec = _device_spec(message)

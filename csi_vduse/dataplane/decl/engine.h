@@ -197,6 +197,8 @@ void vd_engine_free(struct vd_engine *engine);
 /* What a server says of an export; reason has room for 160 bytes. */
 int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason);
 void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info);
+/* Whether a file is one of the kernel's without a place in any file system. */
+int vd_is_anonymous(int fd);
 /* Replace the address map; all queues must be stopped or paused. Descriptors stay the caller's. */
 int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regions, uint32_t count);
 int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes);

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd, &vd_backend_null,
@@ -31,6 +32,11 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
     engine->capacity_bytes = config->capacity_bytes;
     memcpy(engine->serial, config->serial, strnlen(config->serial, VD_SERIAL_BYTES));
     pthread_mutex_init(&engine->failure_lock, NULL);
+    /*
+     * Memory that the kernel needs for our threads, which take this from the one that begins them, must not be had by writing
+     * to a device like ours. Refused without CAP_SYS_RESOURCE.
+     */
+    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     error = ops->open(config, &engine->backend);
     if (!error)
         error = vd_engine_set_regions(engine, NULL, 0);

@@ -29,6 +29,13 @@ static int by_iova(const void *a, const void *b)
     return x->iova < y->iova ? -1 : x->iova > y->iova;
 }
 
+int vd_is_anonymous(int fd)
+{
+    struct statfs file_system;
+
+    return !fstatfs(fd, &file_system) && file_system.f_type == ANON_INODE_FS_MAGIC;
+}
+
 /* The size of a file's pages: huge ones are mapped and replaced whole. */
 static uint64_t page_bytes(int fd)
 {

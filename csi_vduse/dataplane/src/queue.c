@@ -427,8 +427,6 @@ void *vd_queue_run(void *argument)
     bool abandoned = false, opened;
 
     prctl(PR_SET_NAME, "vduse-queue");
-    /* Memory that the kernel needs for this thread must not be had by writing to a device like ours. */
-    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     pthread_mutex_lock(&q->lock);
     opened = !open_uring(q) && open_backend(q);
     vd_queue_set_state(q, opened ? RUNNING : FAILED);
