@@ -25,8 +25,8 @@ from csi_vduse.errors import DeadlineExceeded, DeviceBroken, VduseError
 
 DRAIN_TIMEOUT_S: Final = 5.0
 _LEAST_DRAIN_S: Final = 0.1  # for an idle queue behind one that used the time up
-# All memory of a virtio_vdpa device is one file of the kernel's, whose offsets are IOVAs: bounce pages, then rings. Mapping
-# it whole costs address space only (drivers/vdpa/vdpa_user/iova_domain.c; VDUSE_IOVA_SIZE in vduse_dev.c).
+# All memory of a virtio_vdpa device is one file of the kernel's, whose offsets are IOVAs: bounce pages, then rings.
+# Mapping it whole costs address space only (drivers/vdpa/vdpa_user/iova_domain.c; VDUSE_IOVA_SIZE in vduse_dev.c).
 _DOMAIN_BYTES: Final = (1 << 30) + (128 << 20)
 
 

@@ -120,7 +120,7 @@ static void look(const struct vd_queue *q)
 
 static unsigned turn(struct vd_queue *q)
 {
-    bool model = world->apart && !world->rings_cut && !blind && !memory_lost(q);
+    bool model = world->apart && !world->rings_cut && !blind && !vd_queue_memory_lost(q);
     uint16_t avail = q->ring.next_avail, used = q->ring.published_used;
     enum command command = read_command(q);
     unsigned work;
@@ -135,7 +135,7 @@ static unsigned turn(struct vd_queue *q)
     if (command != RUN && !q->in_flight)
         vd_queue_set_state(q, command == STOP ? STOPPED : PAUSED);
     pthread_mutex_unlock(&q->lock);
-    if (model && !memory_lost(q)) {
+    if (model && !vd_queue_memory_lost(q)) {
         if (q->ring.is_packed)
             packed_fetched(q, avail);
         else
@@ -198,6 +198,7 @@ int fuzz_thread_create(pthread_t *thread, const pthread_attr_t *attributes, void
     else
         queue->uring = uring;
     uring_open = true;
+    REQUIRE(open_backend(queue));
     vd_queue_set_state(queue, RUNNING);
     return 0;
 }
