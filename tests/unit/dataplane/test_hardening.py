@@ -14,7 +14,11 @@ from csi_vduse.dataplane import _engine
 
 def _readelf(*options: str) -> str:
     return subprocess.run(
-        ["readelf", "--wide", *options, _engine.__file__], check=True, capture_output=True, text=True, timeout=60
+        ["readelf", "--wide", *options, _engine.__file__],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     ).stdout
 
 
