@@ -211,6 +211,7 @@ class Agent:
             for bus in Bus
             if not self._node.sysfs.has_driver(bus)
         ]
+        problems += [problem for problem in [self._node.kernel.problem()] if problem]
         return Probe(__version__, not problems, tuple(problems), self._max_volumes)
 
     def workers_of_other_programs(self) -> list[str]:

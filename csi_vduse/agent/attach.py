@@ -27,7 +27,7 @@ from csi_vduse.dataplane.backend_spec import ErrorBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
-from csi_vduse.errors import AlreadyExists
+from csi_vduse.errors import AlreadyExists, FailedPrecondition
 from csi_vduse.vdpa.model import Bus, BusDevice
 from csi_vduse.vdpa.sysfs import Sysfs
 
@@ -106,6 +106,8 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
     geometry, name = device_spec(spec), spec.device_name
+    if problem := node.kernel.problem():
+        raise FailedPrecondition(f"no volume can be served on this node: {problem}")
     check_socket_path(node.store.control_path(name))
     node.store.find(name)  # one that we cannot read is not overwritten
     if node.sysfs.vduse_exists(name) or node.sysfs.vdpa_exists(name):

@@ -8,6 +8,7 @@ from typing import Protocol
 from csi_vduse.agent.bounded import bounded
 from csi_vduse.dataplane import device
 from csi_vduse.dataplane.device import DeviceSpec
+from csi_vduse.dataplane.engine import uring_problem
 
 _IOCTL_GRACE_S = 5.0
 
@@ -20,6 +21,9 @@ class Kernel(Protocol):
 
     async def destroy(self, name: str) -> None:
         """Destroy a device, waiting for its last user to let go; fine if there is none."""
+
+    def problem(self) -> str:
+        """Say what keeps every worker from serving, and what to do; empty if nothing does."""
 
     def open(self, name: str) -> int:
         """Open a device: one opener at a time, Unavailable to a second."""
@@ -46,6 +50,10 @@ class VduseKernel:
             timeout_s=self._destroy_timeout_s + _IOCTL_GRACE_S,
             undo=lambda _: None,
         )
+
+    def problem(self) -> str:
+        """See Kernel."""
+        return uring_problem()
 
     def open(self, name: str) -> int:
         """See Kernel."""

@@ -1,4 +1,5 @@
-"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections.
+"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections;
+and of queues that have stopped.
 
 Requests are logged with how many there were since the last time, and the newest as an example; a connection when it is
 another than before. Who calls decides how often.
@@ -6,7 +7,7 @@ another than before. Who calls decides how often.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from csi_vduse import log
 from csi_vduse.dataplane.engine import Engine, Failure
@@ -51,6 +52,22 @@ class BackendLog:
             log.get().warning(
                 "no connection to the server; requests wait", state=status.state, reason=status.reason
             )
+
+
+def tell_fault(queue: int, fault: str) -> None:
+    """Log that a queue has stopped, and whose doing that is: most faults are the driver's, some are ours or memory's."""
+    told, hint = _NOT_THE_DRIVERS.get(fault, ("the driver broke the ring's rules", "it needs a reset"))
+    log.get().error(f"queue stopped: {told}", queue=queue, fault=fault, hint=hint)
+
+
+_NOT_THE_DRIVERS: Final = {
+    "memory": ("memory of the driver's went away", "it needs a reset"),
+    "io_uring": (
+        "its io_uring could not be set up",
+        "see `csi-vduse doctor`; a new worker, or a reset, tries again",
+    ),
+    "in-flight-log": ("its in-flight log is not one of this queue", "detach the volume and attach it again"),
+}
 
 
 def _example(newest: Failure) -> dict[str, Any]:

@@ -111,6 +111,17 @@ def init_inflight(log: mmap.mmap, queue_size: int, *, packed: bool) -> None:
     _check(lib.vd_inflight_init(buffer, len(buffer), queue_size, packed), "making an in-flight log")
 
 
+def uring_problem() -> str:
+    """Say why this process, and so its workers, may not have an io_uring, and what to do; empty if they may."""
+    result = int(lib.vd_uring_works())
+    if not result:
+        return ""
+    cause = (
+        "set the sysctl kernel.io_uring_disabled to 0, and allow io_uring in the container's seccomp profile"
+    )
+    return f"io_uring cannot be used ({os.strerror(-result)}): {cause if result == -errno.EPERM else 'see dmesg'}"
+
+
 def is_kernels_own(fd: int) -> bool:
     """Whether a file has no place in any file system (anon_inode): not a VM's memory, which is somebody's file."""
     return bool(lib.vd_is_anonymous(fd))
@@ -132,7 +143,7 @@ class Engine:
     Raises:
         NotFound, PermissionDenied: the image or export cannot be opened.
         InvalidArgument: the image is neither a file nor a block device.
-        FailedPrecondition: the image or export is smaller than the capacity, or read-only.
+        FailedPrecondition: the image or export is smaller than the capacity, or read-only; io_uring is not allowed.
         Unavailable: another worker holds the image; the server does not answer.
     """
 
@@ -148,6 +159,8 @@ class Engine:
         event_fd: int,
         resume: bool = False,
     ) -> None:
+        if (problem := uring_problem()) and not isinstance(backend, ErrorBackend):
+            raise FailedPrecondition(problem)
         self._max_queues = max_queues
         keep: list[Any] = []  # what the config points to
         nbd = ffi.NULL

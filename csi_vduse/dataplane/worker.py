@@ -25,7 +25,7 @@ import structlog
 
 from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, jail, throttle, versions
-from csi_vduse.dataplane.backend_log import BackendLog
+from csi_vduse.dataplane.backend_log import BackendLog, tell_fault
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
@@ -273,12 +273,7 @@ class Worker:
         engine = self._served.engine
         self._backend_log.tell(engine)
         for queue, fault in engine.faults().items():
-            self._log.error(
-                "queue stopped: the driver broke the ring's rules",
-                queue=queue,
-                fault=fault,
-                hint="it needs a reset",
-            )
+            tell_fault(queue, fault)
 
     # Time
 

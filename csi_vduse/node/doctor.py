@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from csi_vduse.config import PoolConfig
+from csi_vduse.dataplane.engine import uring_problem
 
 MODULES = ("vduse", "vdpa", "virtio_vdpa", "vhost_vdpa")
 TOOLS = {
@@ -49,7 +50,7 @@ def examine(pools: tuple[PoolConfig, ...]) -> list[Finding]:
     findings = [judge_kernel(os.uname().release)]
     findings += [_module(name) for name in MODULES]
     findings += [_device(Path("/dev/vduse/control"), "modprobe vduse; in a container, mount /dev")]
-    findings += [_privilege()]
+    findings += [_privilege(), judge_uring(uring_problem())]
     findings += [_tool(name, package) for name, package in TOOLS.items()]
     findings += [judge_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])]
     return findings + [_pool(pool) for pool in pools]
@@ -72,6 +73,13 @@ def judge_kernel(release: str) -> Finding:
             "6.18.40, 7.1.5 or newer of their series, unless your distribution says that it is fixed",
         )
     return Finding("kernel", "good", release)
+
+
+def judge_uring(problem: str) -> Finding:
+    """Judge what the engine says of io_uring here; in the agent's container it may be otherwise than on the host."""
+    return (
+        Finding("io_uring", "bad", "refused", problem) if problem else Finding("io_uring", "good", "allowed")
+    )
 
 
 def judge_open_files(limit: int) -> Finding:

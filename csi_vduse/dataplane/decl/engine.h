@@ -27,7 +27,7 @@ enum vd_queue_fault {
     VD_FAULT_HEAD,          /* head or buffer id out of range, or in flight already */
     VD_FAULT_CHAIN,         /* descriptors loop, point nowhere, or leave no place for the status */
     VD_FAULT_MEMORY,        /* mapped memory went away under us (SIGBUS) */
-    VD_FAULT_BACKEND,       /* the queue's io_uring could not be set up */
+    VD_FAULT_BACKEND,       /* the queue's io_uring, or its backend's part of it, could not be set up */
     VD_FAULT_LOG,           /* the in-flight log is not one of this queue */
     VD_FAULTS
 };
@@ -191,6 +191,8 @@ struct vd_failure {
 
 struct vd_engine;
 
+/* Whether this process may have an io_uring, which all backends but "error" need: 0 or -errno. */
+int vd_uring_works(void);
 int vd_engine_new(const struct vd_config *config, struct vd_engine **engine);
 /* All queues must have stopped. */
 void vd_engine_free(struct vd_engine *engine);

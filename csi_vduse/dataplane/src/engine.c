@@ -13,6 +13,16 @@
 static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd, &vd_backend_null,
                                                          &vd_backend_error };
 
+int vd_uring_works(void)
+{
+    struct io_uring ring;
+    int error = io_uring_queue_init(1, &ring, 0);
+
+    if (!error)
+        io_uring_queue_exit(&ring);
+    return error;
+}
+
 int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 {
     const struct vd_backend_ops *ops = NULL;

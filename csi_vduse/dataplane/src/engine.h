@@ -54,6 +54,7 @@ struct vd_request {
  */
 struct vd_backend_ops {
     const char *name;
+    bool without_uring; /* it prepares no submissions: a queue can serve it where io_uring is not allowed */
     int (*open)(const struct vd_config *config, void **state);
     void (*close)(void *state);
     void (*info)(void *state, struct vd_backend_info *info);
@@ -114,7 +115,7 @@ struct vd_queue {
     uint64_t memory_faults;
     uint64_t failing_since_ns;   /* when the first request since the last good one failed; 0: that was good */
     int wake_fd;                 /* eventfd by which the control thread wakes the queue; nobody else has it */
-    bool kick_armed, wake_armed;
+    bool kick_armed, wake_armed, without_uring;
     pthread_t thread;
     pthread_mutex_t lock;        /* command, state and abandoned; and the loop's turns unless command is RUN */
     pthread_cond_t changed;

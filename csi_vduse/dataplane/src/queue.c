@@ -253,6 +253,11 @@ static bool completions_wait(const struct vd_queue *q)
     return load_relaxed(q->uring.sq.kflags) & IORING_SQ_TASKRUN;
 }
 
+static bool has_completions(const struct vd_queue *q)
+{
+    return !q->without_uring && io_uring_cq_ready(&q->uring);
+}
+
 /* Whether chains may be taken from the ring: what a predecessor left is in flight already, whatever the command is. */
 static bool may_fetch(const struct vd_queue *q, enum command command)
 {
@@ -272,7 +277,7 @@ static unsigned advance(struct vd_queue *q, enum command command)
         work += (unsigned)fetch(q);
     if (q->engine->ops->turn)
         q->engine->ops->turn(q);
-    if (io_uring_sq_ready(&q->uring) || completions_wait(q))
+    if (!q->without_uring && (io_uring_sq_ready(&q->uring) || completions_wait(q)))
         io_uring_submit_and_get_events(&q->uring);
     return work;
 }
@@ -282,7 +287,7 @@ static unsigned settle(struct vd_queue *q, enum command command)
 {
     unsigned work = 0;
 
-    if (io_uring_cq_ready(&q->uring)) {
+    if (has_completions(q)) {
         q->now_ns = now_ns();
         work = collect(q);
     }
@@ -304,7 +309,8 @@ static void cancel(struct vd_queue *q)
 
 static bool has_work(const struct vd_queue *q)
 {
-    return (may_fetch(q, RUN) && vd_vring_available(&q->ring)) || completions_wait(q) || io_uring_cq_ready(&q->uring);
+    return (may_fetch(q, RUN) && vd_vring_available(&q->ring)) || (!q->without_uring && completions_wait(q)) ||
+           has_completions(q);
 }
 
 /* Look for work without sleeping for as long as that is likely to pay; true if there is some, or an interrupt was due. */
@@ -355,22 +361,39 @@ static void sleep_until(struct vd_queue *q, uint64_t until_ns)
     nap(io_uring_submit_and_wait_timeout(&q->uring, &cqe, 1, &timeout, NULL));
 }
 
+/* Sleep until a kick or a command: for a backend that needs no io_uring, where there is none. */
+static void sleep_by_poll(struct vd_queue *q)
+{
+    struct pollfd fds[] = { { .fd = q->wake_fd, .events = POLLIN }, { .fd = q->config.kick_fd, .events = POLLIN } };
+    uint64_t value;
+
+    if (poll(fds, 2, q->held ? LOOK_NS / 1000000 : -1) <= 0)
+        return;
+    for (int i = 0; i < 2; i++)
+        if (fds[i].revents & POLLIN)
+            (void)!read(fds[i].fd, &value, sizeof(value));
+}
+
 /* Sleep until a completion, a kick or a command, unless there turns out to be something to do already. */
 static void rest(struct vd_queue *q, enum command command, bool abandoned)
 {
     bool fetching = command == RUN && may_fetch(q, command);
 
-    if (abandoned && !q->cancelled)
-        cancel(q);
-    if (!q->wake_armed)
-        arm(q, q->wake_fd, WAKE, &q->wake_armed);
-    if (!q->kick_armed && !abandoned) /* an abandoned queue's kick_fd may be somebody else's by now */
-        arm(q, q->config.kick_fd, KICK, &q->kick_armed);
+    if (!q->without_uring) {
+        if (abandoned && !q->cancelled)
+            cancel(q);
+        if (!q->wake_armed)
+            arm(q, q->wake_fd, WAKE, &q->wake_armed);
+        if (!q->kick_armed && !abandoned) /* an abandoned queue's kick_fd may be somebody else's by now */
+            arm(q, q->config.kick_fd, KICK, &q->kick_armed);
+    }
     if (fetching && vd_vring_enable_kick(&q->ring))
         return;
     if (load_acquire(&q->command) != (int)command)
         return;
-    if (q->held)
+    if (q->without_uring)
+        sleep_by_poll(q);
+    else if (q->held)
         sleep_until(q, q->held_until_ns);
     else if (!abandoned && load_acquire(&q->engine->abandoned))
         sleep_until(q, now_ns() + LOOK_NS); /* whoever ends last does not know who waits for it */
@@ -410,7 +433,8 @@ static int open_uring(struct vd_queue *q)
         params = (struct io_uring_params){ .flags = IORING_SETUP_CLAMP };
         error = io_uring_queue_init_params(entries, &q->uring, &params);
     }
-    return error;
+    q->without_uring = error && q->engine->ops->without_uring;
+    return q->without_uring ? 0 : error;
 }
 
 static bool open_backend(struct vd_queue *q)
@@ -457,7 +481,8 @@ void *vd_queue_run(void *argument)
     }
     if (q->engine->ops->queue_close)
         q->engine->ops->queue_close(q);
-    io_uring_queue_exit(&q->uring);
+    if (!q->without_uring)
+        io_uring_queue_exit(&q->uring);
     if (abandoned) {
         __atomic_fetch_sub(&q->engine->abandoned, 1, __ATOMIC_RELEASE);
         vd_queue_free(q);

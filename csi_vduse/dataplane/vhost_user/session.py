@@ -21,6 +21,7 @@ from typing import Final
 
 from csi_vduse import log
 from csi_vduse.dataplane import config_space
+from csi_vduse.dataplane.backend_log import tell_fault
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.vhost_user import protocol
@@ -147,12 +148,7 @@ class Session:
             if ring.running and not ring.fault_reported:
                 ring.fault_reported = True
                 ring.signal_error()
-                self._log.error(
-                    "queue stopped: the driver broke the ring's rules",
-                    queue=index,
-                    fault=fault,
-                    hint="it needs a reset",
-                )
+                tell_fault(index, fault)
 
     def close(self) -> None:
         """Stop the queues, let go of the front-end's memory, end the connection."""

@@ -119,6 +119,14 @@ async def test_an_attach_that_cannot_be_undone_is_finished_by_detach(agent, kern
     assert_nothing_left(kernel, workers, node)
 
 
+async def test_where_no_worker_can_serve_an_attach_is_refused_at_once(agent, kernel, workers, node):
+    kernel.refusal = "io_uring cannot be used (Operation not permitted): set the sysctl"
+    assert (agent.probe().problems, agent.probe().ready) == ((kernel.refusal,), False)
+    with pytest.raises(FailedPrecondition, match="io_uring cannot be used"):
+        await agent.attach(SPEC)
+    assert_nothing_left(kernel, workers, node)
+
+
 async def test_the_same_again_is_the_same_even_with_an_older_capacity(agent, workers):
     first = await agent.attach(SPEC)
     assert await agent.attach(replace(SPEC, capacity_bytes=MIB)) == first

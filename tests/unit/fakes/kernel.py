@@ -41,6 +41,7 @@ class FakeKernel:
     devices: dict[str, FakeDevice] = field(default_factory=dict)
     fail: dict[str, Exception] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    refusal: str = ""
     during_bus_attach: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +63,9 @@ class FakeKernel:
 
     def on_bus(self, name: str) -> Path:
         return self.root / "sys/bus/vdpa/devices" / name
+
+    def problem(self) -> str:
+        return self.refusal
 
     async def create(self, spec: DeviceSpec) -> None:
         self._step("create")

@@ -1,6 +1,7 @@
 /*
  * The error backend: every request fails at once, those that a dead worker left too. For a device that is to be
- * removed while its own backend is away: what waits has to end, or the kernel never lets the disk go.
+ * removed while its own backend is away: what waits has to end, or the kernel never lets the disk go. It does without
+ * io_uring, so that it also ends what waits because that was switched off.
  */
 #include <errno.h>
 
@@ -37,6 +38,7 @@ static void error_complete(struct vd_queue *q, struct vd_request *r, int result)
 
 const struct vd_backend_ops vd_backend_error = {
     .name = "error",
+    .without_uring = true,
     .open = error_open,
     .close = error_close,
     .info = error_info,
