@@ -1,7 +1,6 @@
-"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections;
-and of queues that have stopped.
+"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections.
 
-Requests are logged with how many there were since the last time, and the newest as an example; a connection when it is
+Of queues too: that they have stopped, and why. Requests are logged with how many there were since the last time, and the newest as an example; a connection when it is
 another than before. Who calls decides how often.
 """
 
