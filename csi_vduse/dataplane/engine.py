@@ -56,6 +56,7 @@ class QueueAddress:
     """Where a queue is, and how to speak to its driver; state as in decl/engine.h, ``struct vd_queue_config``.
 
     inflight: shared memory of ``inflight_bytes``, which stays mapped until the queue has stopped in time.
+    paused: it takes nothing from the driver until it is resumed.
     """
 
     features: int
@@ -69,6 +70,7 @@ class QueueAddress:
     notify_fd: int
     notify_ioctl: int
     inflight: mmap.mmap | memoryview | None = None
+    paused: bool = False
 
 
 # For how long a backend that is full (ENOSPC) or fails (EIO) is taken for one that may come back.
@@ -161,6 +163,7 @@ class Engine:
     ) -> None:
         if (problem := uring_problem()) and not isinstance(backend, ErrorBackend):
             raise FailedPrecondition(problem)
+        self.backend = backend
         self._max_queues = max_queues
         keep: list[Any] = []  # what the config points to
         nbd = ffi.NULL
@@ -261,6 +264,7 @@ class Engine:
                 "device_iova": address.device_iova,
                 "state": address.state,
                 "resume": address.resume,
+                "paused": address.paused,
                 "kick_fd": address.kick_fd,
                 "notify_fd": address.notify_fd,
                 "notify_ioctl": address.notify_ioctl,

@@ -95,7 +95,8 @@ def enter(user: int) -> tuple[str, ...]:
     except (OSError, RuntimeError) as error:
         raise PermissionDenied(
             f"a worker cannot be jailed: {error}",
-            hint="the agent has to be root with CAP_SETUID, CAP_SETGID and CAP_SETPCAP, on a kernel with seccomp filters",
+            hint="the agent has to be root with CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_SETUID, CAP_SETGID and CAP_SETPCAP, "
+            "on a kernel with seccomp filters",
         ) from error
     return tuple(missing)
 

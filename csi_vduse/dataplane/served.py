@@ -118,15 +118,13 @@ class ServedDevice:
             notify_fd=self.device.fd,
             notify_ioctl=VQ_INJECT_IRQ,
             inflight=self._inflight.part(index),
+            paused=self._quiesced,
         )
         self._started.add(index)
         try:
             self.engine.start_queue(index, address)
         except VduseError as error:
             self._log.error("a queue cannot be served", queue=index, error=str(error))
-            return
-        if self._quiesced:
-            self.engine.pause_queue(index, DRAIN_TIMEOUT_S)
 
     def resize(self, capacity_bytes: int) -> None:
         """Publish a new capacity to the driver and raise the config interrupt.

@@ -26,7 +26,7 @@ import structlog
 from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, jail, throttle, versions
 from csi_vduse.dataplane.backend_log import BackendLog, tell_fault
-from csi_vduse.dataplane.backend_spec import NullBackend
+from csi_vduse.dataplane.backend_spec import NbdBackend, NullBackend
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
@@ -178,7 +178,7 @@ class Worker:
         with contextlib.ExitStack() as undo:
             undo.callback(engine.close)
             engine.set_throttle(throttle.from_json(message.get("throttle")))
-            self._give_up(device_fd)
+            self._give_up(device_fd, engine)
             inflight = InflightLog(log_fd, LogIdentity(**message["inflight"]))
             served = ServedDevice(
                 Device(device_fd, spec.name), engine, spec, inflight, resume=bool(message.get("resume"))
@@ -190,8 +190,10 @@ class Worker:
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
 
-    def _give_up(self, device_fd: int) -> None:
-        """Go to jail: as a user that is the device's alone."""
+    def _give_up(self, device_fd: int, engine: Engine) -> None:
+        """Go to jail: as a user that is the device's alone. Not where a connection to a server has to be made anew."""
+        if isinstance(engine.backend, NbdBackend):
+            return
         missing = jail.enter(jail.FIRST_USER + os.minor(os.fstat(device_fd).st_rdev))
         self._jailed = True
         if missing:

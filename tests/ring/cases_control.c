@@ -345,3 +345,22 @@ BOTH(queues_start_and_stop_many_times)
         }
     rig_close(&rig);
 }
+
+BOTH(a_queue_that_starts_paused_takes_nothing_until_it_is_resumed)
+{
+    struct rig rig;
+
+    rig_open(&rig, (struct plan){ .no_start = true });
+    struct blk b = blk_new(&rig, 4096);
+    struct vd_queue_config config = dqueue_config(&rig.q[0], ALL_BLK_FEATURES);
+
+    config.paused = true;
+    blk_send(&rig.q[0], &b, VIRTIO_BLK_T_OUT, 0, 4096);
+    CHECK_EQUAL(vd_queue_start(rig.engine, 0, &config), 0);
+    CHECK(!dqueue_wait(&rig.q[0], 50));
+    CHECK_EQUAL(rig_stats(&rig, 0).batches, 0);
+    CHECK_EQUAL(vd_queue_pause(rig.engine, 0, 1000), 0);
+    CHECK_EQUAL(vd_queue_resume(rig.engine, 0), 0);
+    CHECK_EQUAL(blk_finish(&rig.q[0], &b), VIRTIO_BLK_S_OK);
+    rig_close(&rig);
+}

@@ -202,3 +202,38 @@ BOTH(requests_added_before_the_queue_started_are_served_without_a_kick)
     CHECK_EQUAL(blk_finish(q, &b), VIRTIO_BLK_S_OK);
     rig_close(&rig);
 }
+
+BOTH(what_was_shown_before_a_fault_is_interrupted_for)
+{
+    enum { BATCH = 16 };
+    struct blk blks[BATCH];
+
+    for (int try = 0; try < 40; try++) {
+        struct rig rig;
+
+        rig_open(&rig, (struct plan){ .backend = "null", .event_idx = true });
+        struct dqueue *q = &rig.q[0];
+        for (int i = 0; i < BATCH; i++)
+            blks[i] = blk_new(&rig, 512);
+        for (int round = 0; round < 300; round++) { /* so that it learns to wait for company */
+            for (int i = 0; i < BATCH; i++)
+                blk_send(q, &blks[i], VIRTIO_BLK_T_OUT, 0, 512);
+            for (int i = 0; i < BATCH; i++)
+                blk_finish(q, &blks[i]);
+        }
+        uint64_t interrupts = 0;
+        uint32_t shown = dqueue_shown(q);
+
+        (void)dqueue_interrupts(q);
+        dqueue_want_interrupt(q, 1, 3);
+
+        blk_send(q, &blks[0], VIRTIO_BLK_T_OUT, 0, 512);
+        while (dqueue_shown(q) == shown)
+            ;
+        dqueue_put(q, q->size + 3); /* which is no head of this queue */
+        dqueue_kick_always(q);
+        WAIT_FOR(rig_stats(&rig, 0).fault);
+        WAIT_FOR(interrupts += dqueue_interrupts(q));
+        rig_close(&rig);
+    }
+}

@@ -128,6 +128,7 @@ struct vd_queue_config {
      * (split only).
      */
     int resume;
+    int paused;               /* begin as after a pause: nothing is fetched until it is resumed */
     void *inflight;           /* in-flight log, 64-byte aligned, mapped until the queue has stopped; NULL: none */
     uint64_t inflight_bytes;
     int kick_fd;              /* eventfd, only polled; belongs to the caller until the queue has stopped */

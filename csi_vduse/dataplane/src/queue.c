@@ -5,7 +5,7 @@
  * one system call at most; show the driver what has finished, and interrupt it when pace.c says so. When a turn finds
  * nothing it polls for a moment, if pace.c says so, then asks for a kick and sleeps in the io_uring, where completions,
  * kicks and commands all arrive: it polls the kick eventfd, and one of our own that the control thread writes to.
- * It never sleeps on completions whose interrupt it owes the driver. While the throttle holds a request (throttle.c)
+ * It never sleeps on completions whose interrupt it owes the driver, nor does it go silent with them after a fault. While the throttle holds a request (throttle.c)
  * nothing is fetched, no kick asked for, and no sleep longer than that.
  *
  * Commands come from the control thread: RUN, PAUSE (fetch nothing, finish what is in flight), STOP (the same,
@@ -108,10 +108,11 @@ static void break_down(struct vd_queue *q, enum vd_queue_fault fault)
     vd_queue_fault(q, fault);
 }
 
+/* A faulted queue's ring says nothing that counts any more: an interrupt too many does no harm. */
 static void interrupt(struct vd_queue *q)
 {
     vd_pace_interrupted(&q->pace);
-    if (!vd_vring_wants_interrupt(&q->ring))
+    if (!q->fault && !vd_vring_wants_interrupt(&q->ring))
         return;
     count_up(&q->stats->interrupts, 1);
     if (q->config.notify_ioctl) {
@@ -130,8 +131,11 @@ static void publish(struct vd_queue *q, enum command command)
 {
     if (vd_queue_memory_lost(q))
         vd_queue_fault(q, VD_FAULT_MEMORY);
-    if (q->fault)
+    if (q->fault) {
+        if (q->pace.owed)
+            interrupt(q); /* what was shown before is the driver's to hear of */
         return;
+    }
     if (q->ended) {
         vd_vring_publish(&q->ring);
         vd_count_answered(q);

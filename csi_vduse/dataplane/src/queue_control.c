@@ -90,6 +90,7 @@ static struct vd_queue *new_queue(struct vd_engine *engine, uint32_t index, cons
     q->engine = engine;
     q->config = *config;
     q->stats = &engine->stats[index];
+    q->command = config->paused ? PAUSE : RUN;
     q->memory_faults = load_relaxed(&engine->memory_faults);
     q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pthread_mutex_init(&q->lock, NULL);

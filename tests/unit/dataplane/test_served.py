@@ -26,6 +26,7 @@ class Notes:
     def __init__(self) -> None:
         self.fd = os.open("/dev/null", os.O_RDWR)
         self.resumed: dict[int, bool] = {}
+        self.paused: dict[int, bool] = {}
         self.interrupts: list[int] = []
 
     def features(self) -> int:
@@ -42,6 +43,10 @@ class Notes:
 
     def start_queue(self, index: int, address: Any) -> None:
         self.resumed[index] = address.resume
+        self.paused[index] = address.paused
+
+    def pause_queue(self, index: int, timeout_s: float) -> bool:
+        return True
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
@@ -84,3 +89,15 @@ def test_queues_that_the_dead_worker_did_not_come_to_are_begun(notes: Notes, log
     took_over(notes, log)
     assert notes.resumed == {0: True, 1: False}
     assert notes.interrupts == [0, 1]
+
+
+def test_a_volume_that_is_held_stays_held_over_a_reset(notes: Notes, log: InflightLog):
+    """Its queues were started and then paused: for a moment the volume was written while its snapshot was taken."""
+    served = took_over(notes, log)
+    ready = messages.STATUS_FEATURES_OK | messages.STATUS_DRIVER_OK
+    served._set_status(1, ready)
+    assert notes.paused == {0: False, 1: False}
+    served.quiesce()
+    served._set_status(2, 0)
+    served._set_status(3, ready)
+    assert notes.paused == {0: True, 1: True}
