@@ -1,7 +1,7 @@
-"""What is logged of a backend: requests that failed, or that wait for it because it is full or away, and its connections.
+"""What is logged of a backend and of queues that stopped.
 
-Of queues too: that they have stopped, and why. Requests are logged with how many there were since the last time, and the newest as an example; a connection when it is
-another than before. Who calls decides how often.
+Requests that failed, or that wait for their backend because it is full or away, are logged with how many there were since
+the last time, and the newest as an example; a connection when it is another than before. Who calls decides how often.
 """
 
 from __future__ import annotations

@@ -137,6 +137,15 @@ def _empty_root() -> None:
     _call("mount", lib.mount(ffi.NULL, b"/", ffi.NULL, flags | lib.MS_REMOUNT | lib.MS_RDONLY, ffi.NULL))
 
 
+def _memory_stays() -> None:
+    """Have no page taken away that is used once: under want of memory it might be had back through a device like ours.
+
+    Only as pages are touched: what is shared with the spawner, and never written, stays shared.
+    """
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    _call("mlockall", lib.mlockall(lib.MCL_CURRENT | lib.MCL_FUTURE | lib.MCL_ONFAULT))
+
+
 def _limits() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the memory of guests and pods
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -194,4 +203,9 @@ def _allow(rules: pyseccomp.SyscallFilter, name: str, *arguments: pyseccomp.Arg)
 
 
 # What may be missing; each is done before the worker is nobody. Only the last hides the files by which others work.
-_LAYERS: Final = (("limits", _limits), ("namespaces", _own_namespaces), ("empty root", _empty_root))
+_LAYERS: Final = (
+    ("limits", _limits),
+    ("locked memory", _memory_stays),
+    ("namespaces", _own_namespaces),
+    ("empty root", _empty_root),
+)

@@ -113,3 +113,28 @@ BOTH(data_in_lost_memory_fails_the_request_and_the_process_lives)
     blk_prove(&rig, 0);
     rig_close(&rig);
 }
+
+BOTH(another_engine_that_comes_and_goes_takes_nobodys_guard_away)
+{
+    struct vd_engine *other;
+    struct vd_config config;
+    uint64_t one = 1;
+    struct rig rig;
+
+    rig_open(&rig, (struct plan){ 0 });
+    config = rig.config;
+    config.backend = "null";
+    CHECK_EQUAL(vd_engine_new(&config, &other), 0);
+    for (int i = 0; i < 2; i++) {
+        blk_prove(&rig, 0);
+        take_memory(&rig);
+        CHECK(write(rig.q[0].kick_fd, &one, 8) == 8);
+        WAIT_FOR(rig_stats(&rig, 0).fault == VD_FAULT_MEMORY);
+        rig_stop(&rig, 0);
+        give_memory_back(&rig);
+        CHECK_EQUAL(rig_start(&rig, 0), 0);
+        if (!i)
+            vd_engine_free(other);
+    }
+    rig_close(&rig);
+}

@@ -53,6 +53,7 @@ def test_a_worker_in_service_is_nobody(shared: RunningAgent, image: Path):
             assert status["Groups"].split() == []
             for capabilities in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 assert int(status[capabilities], 16) == 0, capabilities
+            assert int(status["VmLck"].split()[0]) > 0  # and keeps its own memory
             assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         for namespace in ("mnt", "ipc", "uts", "net"):
             assert (

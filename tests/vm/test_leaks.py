@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from csi_vduse.proto import agent_pb2
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing, wait_until
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing
 
 CYCLES = 100
 # The kernel makes and removes one device at a time, so that the last of many waits for all.

@@ -62,7 +62,7 @@ void vd_engine_free(struct vd_engine *engine)
 {
     if (load_acquire(&engine->abandoned))
         return; /* threads still wait for a backend and use all of this; the end of the process frees it */
-    vd_memory_guard(NULL, &engine->memory_faults);
+    vd_memory_guard_me(NULL);
     if (engine->backend)
         engine->ops->close(engine->backend);
     vd_memory_free(engine->memory);
@@ -86,9 +86,14 @@ int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regi
         return error;
     for (uint32_t i = 0; i < engine->config.max_queues; i++)
         paused &= !engine->queues[i] || vd_queue_paused(engine->queues[i]);
-    memory->older = old;
+    memory->older = old; /* the guard looks there too */
+    error = vd_memory_guard(&engine->guard, memory);
+    if (error) {
+        memory->older = NULL;
+        vd_memory_free(memory);
+        return error;
+    }
     engine->memory = memory;
-    vd_memory_guard(memory, &engine->memory_faults);
     if (paused && !abandoned) {
         memory->older = NULL;
         vd_memory_free(old);

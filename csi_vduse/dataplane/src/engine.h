@@ -80,7 +80,7 @@ struct vd_engine {
     const struct vd_backend_ops *ops;
     void *backend;
     uint64_t capacity_bytes;
-    uint64_t memory_faults;
+    struct vd_guard guard;
     uint32_t abandoned; /* queues whose threads still wait for their last completions */
     struct vd_memory *memory;
     struct vd_queue *queues[VD_QUEUES_MAX];
@@ -148,7 +148,7 @@ static inline bool vd_event_is_backends(const void *data)
 /* Pages of the driver's memory went away: what has been read since may be zeros of ours. */
 static inline bool vd_queue_memory_lost(const struct vd_queue *queue)
 {
-    return load_relaxed(&queue->engine->memory_faults) != queue->memory_faults;
+    return load_relaxed(&queue->engine->guard.faults) != queue->memory_faults;
 }
 
 static inline uint32_t vd_queue_index(const struct vd_queue *queue)

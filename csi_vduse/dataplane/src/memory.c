@@ -5,7 +5,7 @@
  * The files behind the map belong to someone else (the kernel's bounce pages, a guest's memory) who may take
  * pages away while we hold them mapped. Touching such a page raises SIGBUS, and a worker that dies of it would
  * be a way for a driver to kill us; so the guard puts a page of zeros there and counts the fault. The queue that
- * reads the zeros looks at the count and stops.
+ * reads the zeros looks at the count and stops. Each engine has a guard of its own, which its threads know.
  */
 #include "memory.h"
 
@@ -19,8 +19,10 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-static struct vd_memory *guarded;
-static uint64_t *guarded_faults;
+static _Thread_local struct vd_guard *guard; /* of the engine that this thread works for */
+
+/* Of no length: each access to a mapping of it is past its end. Made beforehand, for there may be no descriptor left. */
+static int empty_fd = -1;
 
 static int by_iova(const void *a, const void *b)
 {
@@ -54,6 +56,7 @@ static int map(struct vd_mapping *m)
 
     if (base == MAP_FAILED)
         return -errno;
+    (void)munlock(base, m->length); /* our own memory may be locked; what a guest has is not ours to keep */
     m->base = base;
     return 0;
 }
@@ -136,16 +139,12 @@ int vd_memory_restore(struct vd_memory *memory)
 
 void vd_memory_isolate(struct vd_memory *memory)
 {
-    int empty = memfd_create("isolated", MFD_CLOEXEC); /* each access to a mapping of it is past its end */
-
     for (uint32_t i = 0; i < memory->count; i++) {
         struct vd_mapping *m = &memory->mappings[i];
 
-        if (mmap(m->base, m->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, empty, 0) == MAP_FAILED)
+        if (mmap(m->base, m->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, empty_fd, 0) == MAP_FAILED)
             mprotect(m->base, m->length, PROT_NONE);
     }
-    if (empty >= 0)
-        close(empty);
 }
 
 static const struct vd_mapping *find(const struct vd_memory *memory, uint64_t iova)
@@ -185,13 +184,11 @@ void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, u
     return address && contiguous == length ? address : NULL;
 }
 
-/* Runs on whichever thread touched the page; mmap is a plain system call, safe here (signal-safety(7)). */
-static void on_sigbus(int signal_number, siginfo_t *info, void *context)
+/* Put zeros where the page was, if it is in one of the engine's memories; whether it was. */
+static bool patch(uintptr_t address)
 {
-    struct vd_memory *newest = load_acquire(&guarded);
-    uintptr_t address = (uintptr_t)info->si_addr;
+    struct vd_memory *newest = load_acquire(&guard->memory);
 
-    (void)context;
     for (struct vd_memory *memory = newest; memory; memory = memory->older)
         for (uint32_t i = 0; i < memory->count; i++) {
             struct vd_mapping *m = &memory->mappings[i];
@@ -201,20 +198,36 @@ static void on_sigbus(int signal_number, siginfo_t *info, void *context)
                 continue;
             if (mmap((void *)(address / m->page * m->page), m->page, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
-                break;
+                return false;
             store_relaxed(&m->patched, true);
             if (memory == newest)
-                __atomic_fetch_add(guarded_faults, 1, __ATOMIC_RELAXED);
-            return;
+                __atomic_fetch_add(&guard->faults, 1, __ATOMIC_RELAXED);
+            return true;
         }
-    signal(signal_number, SIG_DFL); /* not ours: the instruction runs again and the process dies of it */
+    return false;
 }
 
-void vd_memory_guard(struct vd_memory *memory, uint64_t *faults)
+/* Runs on whichever thread touched the page; mmap is a plain system call, safe here (signal-safety(7)). */
+static void on_sigbus(int signal_number, siginfo_t *info, void *context)
+{
+    (void)context;
+    if (!guard || !patch((uintptr_t)info->si_addr))
+        signal(signal_number, SIG_DFL); /* not ours: the instruction runs again and the process dies of it */
+}
+
+int vd_memory_guard(struct vd_guard *g, struct vd_memory *memory)
 {
     struct sigaction action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER };
 
-    guarded_faults = faults;
-    store_release(&guarded, memory);
-    sigaction(SIGBUS, &action, NULL);
+    if (empty_fd < 0)
+        empty_fd = memfd_create("isolated", MFD_CLOEXEC);
+    if (empty_fd < 0 || sigaction(SIGBUS, &action, NULL))
+        return -errno;
+    store_release(&g->memory, memory);
+    return 0;
+}
+
+void vd_memory_guard_me(struct vd_guard *g)
+{
+    guard = g;
 }

@@ -48,10 +48,15 @@ void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_
 /* Translate all of it in one piece, or NULL. */
 void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length, bool write);
 
-/*
- * From now on a SIGBUS inside memory, or what it replaced, is answered with a page of zeros instead of death. In
- * memory itself it is counted in *faults. One memory at a time; NULL: none.
- */
-void vd_memory_guard(struct vd_memory *memory, uint64_t *faults);
+/* What answers a SIGBUS of an engine's threads: a page of zeros, instead of death. */
+struct vd_guard {
+    struct vd_memory *memory; /* and what it replaced */
+    uint64_t faults;          /* answered, in memory itself */
+};
+
+/* From now on guard this memory; 0 or -errno. */
+int vd_memory_guard(struct vd_guard *guard, struct vd_memory *memory);
+/* The calling thread touches an engine's memory: this is its guard. */
+void vd_memory_guard_me(struct vd_guard *guard);
 
 #endif

@@ -455,6 +455,7 @@ void *vd_queue_run(void *argument)
     bool abandoned = false, opened;
 
     prctl(PR_SET_NAME, "vduse-queue");
+    vd_memory_guard_me(&q->engine->guard);
     pthread_mutex_lock(&q->lock);
     opened = !open_uring(q) && open_backend(q);
     vd_queue_set_state(q, opened ? RUNNING : FAILED);

@@ -91,7 +91,7 @@ static struct vd_queue *new_queue(struct vd_engine *engine, uint32_t index, cons
     q->config = *config;
     q->stats = &engine->stats[index];
     q->command = config->paused ? PAUSE : RUN;
-    q->memory_faults = load_relaxed(&engine->memory_faults);
+    q->memory_faults = load_relaxed(&engine->guard.faults);
     q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pthread_mutex_init(&q->lock, NULL);
     pthread_condattr_init(&monotonic);
@@ -126,6 +126,7 @@ int vd_queue_start(struct vd_engine *engine, uint32_t index, const struct vd_que
         return -EINVAL;
     if (engine->queues[index])
         return -EBUSY;
+    vd_memory_guard_me(&engine->guard); /* its rings are looked at here */
     if (vd_memory_restore(engine->memory))
         return -EFAULT;
     q = new_queue(engine, index, config);

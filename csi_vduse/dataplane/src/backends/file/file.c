@@ -105,18 +105,18 @@ static void open_direct(struct file *f, const struct vd_config *config, int flag
 }
 
 /* What each queue has of its own; 0 or -errno. */
-static int open_queues(struct file *f, int flags)
+static int open_places(struct file *f, int flags)
 {
-    for (uint32_t i = 0; i < f->queue_count; i++) {
-        struct vd_file_queue *fq = &f->queues[i];
+    for (uint32_t i = 0; i < f->place_count; i++) {
+        struct vd_file_place *place = &f->places[i];
         void *bounce = NULL;
 
-        fq->sync_fd = open_again(f->buffered_fd, flags);
-        if (fq->sync_fd < 0)
+        place->sync_fd = open_again(f->buffered_fd, flags);
+        if (place->sync_fd < 0)
             return -errno;
         if (f->direct_fd >= 0 && posix_memalign(&bounce, 4096, VD_BOUNCE_BYTES))
             return -ENOMEM;
-        fq->bounce = bounce;
+        place->bounce = bounce;
     }
     return 0;
 }
@@ -125,10 +125,10 @@ static void file_close(void *state)
 {
     struct file *f = state;
 
-    for (uint32_t i = 0; i < f->queue_count; i++) {
-        if (f->queues[i].sync_fd >= 0)
-            close(f->queues[i].sync_fd);
-        free(f->queues[i].bounce);
+    for (uint32_t i = 0; i < f->place_count; i++) {
+        if (f->places[i].sync_fd >= 0)
+            close(f->places[i].sync_fd);
+        free(f->places[i].bounce);
     }
     if (f->direct_fd >= 0)
         close(f->direct_fd);
@@ -170,24 +170,21 @@ static int open_image(struct file *f, const struct vd_config *config)
     if (!error && file_size(f) < config->capacity_bytes)
         error = -ENOSPC;
     if (!error)
-        error = open_queues(f, flags);
+        error = open_places(f, flags);
     return error;
 }
 
 static int file_open(const struct vd_config *config, void **state)
 {
-    struct file *f = calloc(1, sizeof(*f) + config->max_queues * sizeof(f->queues[0]));
+    struct file *f = calloc(1, sizeof(*f) + config->max_queues * sizeof(f->places[0]));
     int error;
 
     if (!f)
         return -ENOMEM;
     f->direct_fd = f->buffered_fd = -1;
-    f->queue_count = config->max_queues;
-    for (uint32_t i = 0; i < f->queue_count; i++) {
-        f->queues[i].file = f;
-        f->queues[i].sync_fd = -1;
-        f->queues[i].unbounced_end = &f->queues[i].unbounced;
-    }
+    f->place_count = config->max_queues;
+    for (uint32_t i = 0; i < f->place_count; i++)
+        f->places[i].sync_fd = -1;
     error = open_image(f, config);
     if (!error) { /* the kernel's one page of zeros, as often as it takes */
         f->zeroes = mmap(NULL, VD_FILE_ZEROES_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -227,9 +224,21 @@ void vd_file_failed(struct vd_queue *q, struct vd_request *r, int error)
 static int file_queue_open(struct vd_queue *q)
 {
     struct file *f = q->engine->backend;
+    struct vd_file_queue *fq = calloc(1, sizeof(*fq));
 
-    q->backend = &f->queues[vd_queue_index(q)];
+    if (!fq)
+        return -ENOMEM;
+    fq->file = f;
+    fq->place = &f->places[vd_queue_index(q)];
+    fq->unbounced_end = &fq->unbounced;
+    q->backend = fq;
     return 0;
+}
+
+static void file_queue_close(struct vd_queue *q)
+{
+    free(q->backend);
+    q->backend = NULL;
 }
 
 static void file_submit(struct vd_queue *q, struct vd_request *r)
@@ -296,6 +305,7 @@ const struct vd_backend_ops vd_backend_file = {
     .submit = file_submit,
     .complete = file_complete,
     .queue_open = file_queue_open,
+    .queue_close = file_queue_close,
     .turn = file_turn,
     .event = file_event,
 };

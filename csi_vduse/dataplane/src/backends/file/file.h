@@ -22,15 +22,20 @@ enum vd_method {
     VD_METHOD_ZEROES,     /* zeroes are written */
 };
 
+/* What the queue of an index has, one after the other: none begins anything before the one before has ended. */
+struct vd_file_place {
+    int sync_fd;     /* an open file of its own: an error of writing back is told to each once */
+    uint8_t *bounce; /* for what a direct request cannot take as it is; aligned */
+};
+
 /* Of one queue; only its thread touches it. */
 struct vd_file_queue {
     struct file *file;
-    int sync_fd;                 /* an open file of its own: an error of writing back is told to each once */
+    const struct vd_file_place *place;
     struct vd_request *syncing;  /* all that the sync under way answers */
     struct vd_request *unsynced; /* those that came after it began */
     uint64_t mark;               /* cache_changes when it began */
-    uint8_t *bounce;             /* for what a direct request cannot take as it is; aligned */
-    struct vd_request *bouncing; /* whose data it holds */
+    struct vd_request *bouncing; /* whose data the place's buffer holds */
     struct vd_request *unbounced, **unbounced_end; /* those that wait for it, in their order */
 };
 
@@ -46,8 +51,8 @@ struct file {
     uint64_t cache_clean;    /* what that was when the last sync began that went well */
     bool synced;             /* there was one */
     void *zeroes;
-    uint32_t queue_count;
-    struct vd_file_queue queues[];
+    uint32_t place_count;
+    struct vd_file_place places[];
 };
 
 static inline struct vd_file_queue *vd_file_queue_of(const struct vd_queue *q)

@@ -30,7 +30,7 @@ void vd_file_begin_sync(struct vd_queue *q)
     fq->syncing = fq->unsynced;
     fq->unsynced = NULL;
     fq->mark = load_relaxed(&fq->file->cache_changes);
-    io_uring_prep_fsync(sqe, fq->sync_fd, IORING_FSYNC_DATASYNC);
+    io_uring_prep_fsync(sqe, fq->place->sync_fd, IORING_FSYNC_DATASYNC);
     io_uring_sqe_set_data(sqe, vd_file_sync_tag(fq));
 }
 

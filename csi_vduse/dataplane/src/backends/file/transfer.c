@@ -56,7 +56,7 @@ static void bounce(struct vd_queue *q, struct vd_request *r)
     for (uint32_t i = 0; i < r->data_count && filled < VD_BOUNCE_BYTES; i++) {
         uint64_t room = VD_BOUNCE_BYTES - filled, n = r->data[i].iov_len < room ? r->data[i].iov_len : room;
 
-        memcpy(fq->bounce + filled, r->data[i].iov_base, n);
+        memcpy(fq->place->bounce + filled, r->data[i].iov_base, n);
         filled += n;
     }
     if (vd_queue_memory_lost(q)) { /* what was copied may be zeros of ours */
@@ -68,7 +68,7 @@ static void bounce(struct vd_queue *q, struct vd_request *r)
 
     fq->bouncing = r;
     r->method = VD_METHOD_BOUNCED;
-    io_uring_prep_write(sqe, fq->file->direct_fd, fq->bounce, (unsigned)(left < filled ? left : filled),
+    io_uring_prep_write(sqe, fq->file->direct_fd, fq->place->bounce, (unsigned)(left < filled ? left : filled),
                         r->offset + r->done);
     io_uring_sqe_set_data(sqe, vd_file_bounce_tag(fq));
 }
