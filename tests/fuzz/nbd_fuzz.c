@@ -348,7 +348,7 @@ static void begin(bool flush)
     memset(&queue, 0, sizeof(queue));
     pthread_mutex_init(&nbd.lock, NULL);
     pthread_cond_init(&nbd.changed, NULL);
-    nbd.spare.fd = nbd.config.event_fd = -1;
+    nbd.config.event_fd = -1;
     engine.backend = &nbd;
     queue.engine = &engine;
     queue.stats = &engine.stats[0];

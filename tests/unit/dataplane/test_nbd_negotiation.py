@@ -20,7 +20,7 @@ from csi_vduse.errors import NotFound, PermissionDenied, ProtocolError, Unavaila
 GREETING = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
 MAGIC = 0x3E889045565A9
 ACK, INFO, UNSUP, TLS_REQUIRED, UNKNOWN = 1, 3, 1 | 1 << 31, 5 | 1 << 31, 6 | 1 << 31
-EXPORT_NAME, STARTTLS, GO, STRUCTURED, EXTENDED = 1, 5, 7, 8, 11
+EXPORT_NAME, ABORT, STARTTLS, GO, STRUCTURED, EXTENDED = 1, 2, 5, 7, 8, 11
 FLAGS = 0x1ED
 MIB = 1 << 20
 
@@ -166,7 +166,7 @@ def test_nobody_there_is_unavailable(tmp_path: Path):
         probe(NbdBackend(f"nbd+unix:///?socket={tmp_path}/nobody"))
 
 
-def test_without_tls_nothing_is_said_to_a_server_that_was_to_have_it(tmp_path: Path):
+def test_without_tls_nothing_but_goodbye_is_said_to_a_server_that_was_to_have_it(tmp_path: Path):
     seen = []
 
     def script(connection: socket.socket) -> None:
@@ -178,7 +178,7 @@ def test_without_tls_nothing_is_said_to_a_server_that_was_to_have_it(tmp_path: P
 
     with served(tmp_path, script) as backend, pytest.raises(PermissionDenied, match="does not offer TLS"):
         probe(NbdBackend(backend.uri.replace("nbd+", "nbds+"), NbdTls(certificates=tmp_path)))
-    assert seen == [STARTTLS]
+    assert seen == [STARTTLS, ABORT]
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -54,13 +54,33 @@ static bool is_busy(const struct nbd_queue *nq)
     return nq->sending || nq->receiving || nq->watching;
 }
 
+/* Nothing is under way on its connection, and nothing was left half done: another queue can go on with it. */
+static bool is_idle(const struct nbd_queue *nq)
+{
+    return nq->state == NBD_UP && !load_relaxed(&nq->queue->abandoned) && !nq->sent.first && !nq->sending && !nq->receiving &&
+           !nq->in_payload && !nq->header_have && nq->send_first == nq->send_count && nq->tls_sent == nq->tls_have;
+}
+
+static void stop_watching(struct nbd_queue *nq)
+{
+    struct io_uring_sqe *sqe;
+
+    if (!nq->watching)
+        return;
+    sqe = vd_queue_sqe(nq->queue, NULL);
+    io_uring_prep_cancel(sqe, nbd_tag(nq, NBD_WATCH), 0);
+    io_uring_sqe_set_data(sqe, NULL);
+}
+
 void nbd_queue_close(struct vd_queue *q)
 {
     struct nbd_queue *nq = q->backend;
 
     nbd_want_no_more(nq);
-    if (nq->link.fd >= 0)
-        shutdown(nq->link.fd, SHUT_RDWR);
+    if (is_idle(nq))
+        stop_watching(nq);
+    else if (nq->link.fd >= 0 && nq->state == NBD_UP)
+        nbd_cut(&nq->link);
     while (is_busy(nq)) {
         struct io_uring_cqe *cqe;
         unsigned head, n = 0;
@@ -73,6 +93,8 @@ void nbd_queue_close(struct vd_queue *q)
         }
         io_uring_cq_advance(&q->uring, n);
     }
+    if (is_idle(nq))
+        nbd_leave_behind(nq);
     nbd_let_go(nq);
     nbd_unregister(nq);
     store_relaxed(&q->stats->remote.connected, 0);
@@ -93,7 +115,12 @@ void nbd_lost(struct nbd_queue *nq, const char *why)
     nq->state = NBD_CLOSING;
     nq->broken = true;
     nq->why = why;
-    shutdown(nq->link.fd, SHUT_RDWR);
+    if (why) {
+        nbd_cut(&nq->link);
+        return;
+    }
+    nbd_say_goodbye(&nq->link);
+    (void)shutdown(nq->link.fd, SHUT_RDWR); /* what waits for the server has nothing to wait for */
 }
 
 /* Everything that was sent is to be sent again, first and in the same order. */
@@ -220,6 +247,8 @@ void nbd_event(struct vd_queue *q, void *data, int result)
         return;
     default:
         nq->watching = false;
+        if (result == -ECANCELED)
+            return; /* by ourselves */
         /* What the server answered before it went can still be read, and the read finds the end. */
         if (!nq->receiving)
             nbd_lost(nq, "the server closed the connection");

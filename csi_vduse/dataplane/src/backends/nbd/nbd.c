@@ -12,7 +12,7 @@
 
 #include "nbd.h"
 
-enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000 };
+enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000, LEAVE_MS = 500 };
 
 static char *copy(const char *text)
 {
@@ -68,7 +68,7 @@ static void nbd_close(void *state)
 
     if (!stop_connector(n))
         return;
-    nbd_link_close(&n->spare);
+    nbd_clear_spares(n, UINT64_MAX);
     if (n->cancel_fd >= 0)
         close(n->cancel_fd);
     free_target(&n->target);
@@ -90,7 +90,6 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
     }
     n->config = *config;
     n->needed_bytes = config->capacity_bytes;
-    n->spare.fd = -1;
     pthread_mutex_init(&n->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -115,9 +114,10 @@ static int nbd_open(const struct vd_config *config, void **state)
     if (error)
         return error;
     if (!config->nbd->wait)
-        error = nbd_connect(n, OPEN_MS, &n->spare, reason);
+        error = nbd_connect(n, OPEN_MS, &n->spare[0], reason);
     if (!error && !config->nbd->wait) {
-        n->export = n->spare.export;
+        n->spares = 1;
+        n->export = n->spare[0].export;
         n->status.connects = 1;
         n->status.state = VD_BACKEND_CONNECTED;
     }
@@ -150,8 +150,7 @@ static void nbd_info(void *state, struct vd_backend_info *info)
 static void need(struct nbd *n, uint64_t capacity_bytes)
 {
     store_relaxed(&n->needed_bytes, capacity_bytes);
-    if (n->spare.fd >= 0 && n->spare.export.size_bytes < capacity_bytes)
-        nbd_link_close(&n->spare);
+    nbd_clear_spares(n, capacity_bytes);
     for (struct nbd_queue *each = n->queues; each; each = each->next_queue)
         vd_queue_wake(each->queue);
 }
@@ -204,7 +203,7 @@ int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct
         .extended = link.export.extended,
         .tls_in_kernel = config->tls && !link.ssl,
     };
-    nbd_link_close(&link);
+    nbd_leave(&link, LEAVE_MS);
     return 0;
 }
 

@@ -3,9 +3,11 @@
  *
  *   nbd.c         the backend as the engine sees it: open, close, info
  *   connector.c   one thread of the backend: makes connections, again and again, and hands them to queues
+ *   dial.c        a socket to the server
  *   negotiate.c   a fresh socket becomes a connection: the protocol's handshake
  *   stream.c      bytes through a socket, plain or TLS, with a deadline
  *   link.c        a queue's connection in use: states, loss, and replay
+ *   goodbye.c     how a connection ends: dropped, or with a goodbye
  *   send.c        requests into the socket, many in one system call
  *   receive.c     replies out of the socket, straight into the driver's buffers
  *   reply.c       one reply's header: read and checked
@@ -35,12 +37,16 @@ enum {
     NBD_COOKIE_SHIFT = 16,        /* a command's number; below it the slot's */
 };
 
+/* Which goodbye the server would understand now. */
+enum nbd_phase { NBD_MUTE, NBD_HAGGLING, NBD_SERVED };
+
 /* A socket with a deadline; ssl is NULL when the bytes in it are plain, or the kernel's TLS makes them so. */
 struct nbd_stream {
     int fd;
     SSL *ssl;
     int cancel_fd;       /* readable: give up */
     uint64_t deadline_ns;
+    enum nbd_phase phase;
 };
 
 /* What the server says of the export. */
@@ -57,6 +63,7 @@ struct nbd_link {
     int fd;
     SSL *ssl;
     bool tls;            /* by us or by the kernel */
+    enum nbd_phase phase;
     struct nbd_export export;
 };
 
@@ -84,7 +91,8 @@ struct nbd {
     uint32_t changers;           /* slots that wait to change a part of a block */
     bool changing;               /* one does */
     struct nbd_queue *wanting;   /* queues that wait for a connection */
-    struct nbd_link spare;       /* the one that open made, until a queue takes it; fd -1: none */
+    struct nbd_link spare[VD_QUEUES_MAX]; /* what open made, and what queues left that have stopped; for those that start */
+    uint32_t spares;
     struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
     uint64_t settle_until_ns;    /* no queue is given a connection before: one that was abandoned has just lost its own */
     uint64_t needed_bytes;       /* an export that is smaller is refused; queues look without the lock */
@@ -202,6 +210,9 @@ static inline void *nbd_tag(struct nbd_queue *nq, enum nbd_tag tag)
     return (void *)((uintptr_t)nq | tag);
 }
 
+/* dial.c: the stream's descriptor and deadline; on an error reason says what went wrong. */
+int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
+
 /* stream.c */
 int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes);
 int nbd_stream_write(struct nbd_stream *s, const void *from, size_t bytes);
@@ -219,7 +230,6 @@ bool nbd_tls_is_kernel(SSL *ssl);
 
 /* connector.c */
 int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES]);
-void nbd_link_close(struct nbd_link *link);
 void *nbd_connector_run(void *argument);
 /* The queue needs a connection; it is woken when nbd_link_taken gives one. */
 void nbd_want(struct nbd_queue *nq);
@@ -227,7 +237,22 @@ void nbd_want(struct nbd_queue *nq);
 bool nbd_take(struct nbd_queue *nq);
 /* Close the connection that it has. */
 void nbd_let_go(struct nbd_queue *nq);
+/* Leave it, with nothing under way, to the next queue that starts. */
+void nbd_leave_behind(struct nbd_queue *nq);
+/* Say goodbye on spare connections that are of an export of less than so many bytes; with the lock held. */
+void nbd_clear_spares(struct nbd *n, uint64_t size_bytes);
 void nbd_want_no_more(struct nbd_queue *nq);
+
+/* goodbye.c */
+/* From now on what the socket holds is dropped when it is closed, by whomever. */
+void nbd_drop_at_close(int fd);
+/* End the connection at once, with all that waits for it or is to be sent on it; on any thread. It is still to be closed. */
+void nbd_cut(const struct nbd_link *link);
+void nbd_link_close(struct nbd_link *link);
+/* Nothing is under way: tell the server that nothing will come any more. It is still to be closed. */
+void nbd_say_goodbye(const struct nbd_link *link);
+/* The same, give the server so long to end it too, and close it; fine if there is none. */
+void nbd_leave(struct nbd_link *link, uint64_t wait_ms);
 
 /* link.c */
 int nbd_queue_open(struct vd_queue *q);
