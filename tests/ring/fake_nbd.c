@@ -119,6 +119,13 @@ static bool listen_for(const struct connection *me)
     return false;
 }
 
+static uint32_t disk_error(const struct fake_nbd *s, const struct command *c)
+{
+    uint64_t end = load_relaxed(&s->bad_end);
+
+    return end && c->offset >= end ? 0 : load_relaxed(&s->disk_error);
+}
+
 /* Read a command and do it; false: the connection ends. */
 static bool serve(const struct connection *me, bool extended, struct command *c, uint8_t *buffer)
 {
@@ -140,8 +147,11 @@ static bool serve(const struct connection *me, bool extended, struct command *c,
         count(&s->violations);
         return false;
     }
+    if (load_relaxed(&s->poison) && c->offset == load_relaxed(&s->poison))
+        return false;
     if (c->flags & NBD_CMD_FUA)
         count(&s->fuas);
+    c->error = disk_error(s, c);
     switch (c->type) {
     case NBD_READ:
         count(&s->reads);
@@ -155,6 +165,8 @@ static bool serve(const struct connection *me, bool extended, struct command *c,
         }
         if (!get(fd, buffer, c->length))
             return false;
+        if (c->error)
+            return true;
         pthread_mutex_lock(&s->lock);
         memcpy(s->image + c->offset, buffer, c->length);
         pthread_mutex_unlock(&s->lock);

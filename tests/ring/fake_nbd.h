@@ -50,6 +50,9 @@ struct fake_nbd {
     bool reverse;         /* answer what came together in the opposite order */
     bool refuse;          /* unknown export */
     bool shy;             /* says nothing to who connects */
+    uint32_t disk_error;  /* what is asked of the disk fails so; only below bad_end, unless that is 0 */
+    uint64_t bad_end;
+    uint64_t poison;      /* who asks for what begins there has his connection ended; 0: nobody */
     uint32_t deaf;        /* connections with smaller numbers are not read from, and what comes in stays in the kernels */
     uint32_t limit;       /* refuse more connections than that at once; 0: any number */
     /* What it saw. */

@@ -84,6 +84,8 @@ size_t fake_nbd_answer(struct fake_nbd *s, uint8_t *to, bool structured, bool ex
 {
     size_t n;
 
+    if (c->error)
+        return answer_error(to, structured, extended, c, c->error, "");
     if (c->type != NBD_READ)
         return extended ? chunk(to, true, NBD_CHUNK_DONE, NBD_CHUNK_NONE, c, 0) : simple(to, c->cookie, 0);
     if (structured)

@@ -8,6 +8,7 @@
 struct command {
     uint16_t flags, type;
     uint64_t cookie, offset, length;
+    uint32_t error; /* of the disk */
 };
 
 bool fake_nbd_give(int fd, const void *from, size_t n);

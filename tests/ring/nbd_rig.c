@@ -23,6 +23,7 @@ void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan)
         .block_size_bytes = 512,
         .capacity_bytes = plan.capacity,
         .read_only = plan.read_only,
+        .away_ms = plan.away_ms,
         .event_fd = rig->event_fd,
         .serial = "remote",
         .backend = "nbd",

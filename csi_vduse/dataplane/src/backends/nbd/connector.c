@@ -111,9 +111,17 @@ static bool is_refusal(int error)
            error == -EMLINK || error == -EINVAL;
 }
 
+/* For the number-th time of the same: each one takes twice as long. */
+static uint64_t settled_after(uint32_t number)
+{
+    uint64_t ms = (uint64_t)SETTLE_MS << (number < 16 ? number : 16);
+
+    return now_ns() + at_most(ms, RETRY_MAX_MS) * 1000000;
+}
+
 static uint64_t settled(void)
 {
-    return now_ns() + SETTLE_MS * 1000000ull;
+    return settled_after(0);
 }
 
 /* End the connections of abandoned queues, whose threads may not have come to it yet; with the lock held. */
@@ -284,7 +292,7 @@ void nbd_want(struct nbd_queue *nq)
     n->wanting = nq;
     nq->asked = true;
     if (nq->why || nq->queue->ring.replay_left)
-        nq->settle_until_ns = settled();
+        nq->settle_until_ns = settled_after(nq->suspect ? nq->suspected - 1 : 0);
     if (nq->why)
         say(n, VD_BACKEND_CONNECTING, nq->why);
     pthread_cond_broadcast(&n->changed);

@@ -9,6 +9,10 @@
  * After a loss all that was sent waits again, in the order in which it was sent first, in front of what has not been sent. Reads,
  * writes, zeroes and discards may be done twice; what was not answered has no order towards each other, and a FLUSH covers
  * only what was answered before it came, so the order of sending is enough.
+ *
+ * A request whose server hangs up because of it would be sent again and again, and nothing behind it be done. So what waits longest
+ * for an answer is suspected when the server hangs up; from the second time on it is sent alone, ever more slowly, and if it is
+ * alone to blame, it fails: after HANG_UPS, and not before a server that fails is taken for one that does not come back.
  */
 #include <errno.h>
 #include <poll.h>
@@ -18,10 +22,7 @@
 #include "nbd.h"
 #include "secure.h"
 
-const char *nbd_why(int error)
-{
-    return error == -ESHUTDOWN ? "the server is shutting down" : "the server broke the protocol";
-}
+enum { HANG_UPS = 5 };
 
 int nbd_queue_open(struct vd_queue *q)
 {
@@ -123,6 +124,50 @@ void nbd_lost(struct nbd_queue *nq, const char *why)
     (void)shutdown(nq->link.fd, SHUT_RDWR); /* what waits for the server has nothing to wait for */
 }
 
+void nbd_broke(struct nbd_queue *nq, int result)
+{
+    if (result == -EFAULT) /* there is no end of sending again what is not there */
+        vd_queue_fault(nq->queue, VD_FAULT_MEMORY);
+    if (nq->state == NBD_UP)
+        nq->hung_up = !result || result == -ECONNRESET || result == -EPIPE;
+    nbd_lost(nq, result == -EFAULT        ? "the driver's memory is gone"
+                 : result == -ETIMEDOUT   ? "the server does not answer any more"
+                                          : "the server closed the connection");
+}
+
+void nbd_misunderstood(struct nbd_queue *nq, int error)
+{
+    if (nq->state == NBD_UP)
+        nq->hung_up = error != -ESHUTDOWN;
+    nbd_lost(nq, error == -ESHUTDOWN ? "the server is shutting down" : "the server broke the protocol");
+}
+
+bool nbd_one_by_one(const struct nbd_queue *nq)
+{
+    return nq->suspect && nq->suspected > 1;
+}
+
+void nbd_unsuspect(struct nbd_queue *nq, const struct nbd_slot *slot)
+{
+    if (nq->suspect == slot)
+        nq->suspect = NULL;
+}
+
+/* The server hung up: of whose command? */
+static void suspect(struct nbd_queue *nq)
+{
+    struct nbd_slot *oldest = nq->sent.first;
+
+    if (!nq->hung_up || !oldest)
+        return;
+    if (nq->suspect != oldest) {
+        nq->suspect = oldest;
+        nq->suspected = 0;
+        nq->suspected_since_ns = now_ns();
+    }
+    nq->suspected++;
+}
+
 /* Everything that was sent is to be sent again, first and in the same order. */
 static void take_back(struct nbd_queue *nq)
 {
@@ -148,11 +193,24 @@ static void take_back(struct nbd_queue *nq)
 static void close_lost(struct nbd_queue *nq)
 {
     nbd_let_go(nq);
+    suspect(nq);
     take_back(nq);
     nq->state = NBD_DOWN;
-    nq->broken = false;
+    nq->broken = nq->hung_up = false;
     store_relaxed(&nq->queue->stats->remote.connected, 0);
     count_up(&nq->queue->stats->remote.losses, nq->why != NULL);
+}
+
+/* The suspect has had its chances. */
+static void convict(struct nbd_queue *nq)
+{
+    struct nbd_slot *slot = nq->suspect;
+    uint64_t away_ns = (uint64_t)nq->queue->engine->config.away_ms * 1000000;
+
+    if (!slot || nq->suspected < HANG_UPS || now_ns() - nq->suspected_since_ns < away_ns)
+        return;
+    nbd_remove(&nq->waiting, slot);
+    nbd_finish(nq, slot, EIO);
 }
 
 /* Nobody waits for the requests any more. */
@@ -194,12 +252,14 @@ void nbd_turn(struct vd_queue *q)
     struct nbd_queue *nq = q->backend;
     bool outgrown;
 
-    if (load_relaxed(&q->abandoned)) {
+    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY) {
         give_up(nq);
         return;
     }
-    if (nq->state == NBD_CLOSING && !is_busy(nq))
+    if (nq->state == NBD_CLOSING && !is_busy(nq)) {
         close_lost(nq);
+        convict(nq);
+    }
     if (nq->state == NBD_DOWN) {
         if (!nq->asked)
             nbd_want(nq);
@@ -251,6 +311,6 @@ void nbd_event(struct vd_queue *q, void *data, int result)
             return; /* by ourselves */
         /* What the server answered before it went can still be read, and the read finds the end. */
         if (!nq->receiving)
-            nbd_lost(nq, "the server closed the connection");
+            nbd_broke(nq, 0);
     }
 }

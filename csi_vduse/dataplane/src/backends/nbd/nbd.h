@@ -93,6 +93,7 @@ struct nbd {
     struct nbd_queue *wanting;   /* queues that wait for a connection */
     struct nbd_link spare[VD_QUEUES_MAX]; /* what open made, and what queues left that have stopped; for those that start */
     uint32_t spares;
+    bool flush_failed;           /* once: queues look without the lock */
     struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
     uint64_t settle_until_ns;    /* no queue is given a connection before: one that was abandoned has just lost its own */
     uint64_t needed_bytes;       /* an export that is smaller is refused; queues look without the lock */
@@ -165,6 +166,10 @@ struct nbd_queue {
     bool broken;                  /* is to be closed as soon as the kernel is done with our buffers */
     bool sending, receiving, watching; /* submissions under way */
     const char *why;              /* it was lost; NULL: never, or given up by ourselves with nothing on its way */
+    bool hung_up;                 /* by the server, perhaps because of what it was asked */
+    struct nbd_slot *suspect;     /* of whose command it hangs up, perhaps; NULL: nobody's */
+    uint32_t suspected;           /* how often it hung up with that one waiting longest for an answer */
+    uint64_t suspected_since_ns;
     uint64_t cookies;
 
     struct nbd_slot *slots;       /* by the request's number */
@@ -261,8 +266,14 @@ void nbd_turn(struct vd_queue *q);
 void nbd_event(struct vd_queue *q, void *data, int result);
 /* The connection cannot be used any more; why as in nbd_queue. */
 void nbd_lost(struct nbd_queue *nq, const char *why);
-/* What an error of a reply says of the server. */
-const char *nbd_why(int error);
+/* The same, because the kernel said so of a send or receive: 0 or -errno. */
+void nbd_broke(struct nbd_queue *nq, int result);
+/* The same, because of what the server said: -errno of the one who read it. */
+void nbd_misunderstood(struct nbd_queue *nq, int error);
+/* Whether only the oldest command may be on its way. */
+bool nbd_one_by_one(const struct nbd_queue *nq);
+/* The slot's command was answered, or is not asked any more. */
+void nbd_unsuspect(struct nbd_queue *nq, const struct nbd_slot *slot);
 
 /* send.c */
 void nbd_send(struct nbd_queue *nq);

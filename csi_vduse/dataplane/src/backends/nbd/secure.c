@@ -98,7 +98,7 @@ void nbd_secure_receive_done(struct nbd_queue *nq, int result)
     while (!error && !load_relaxed(&nq->queue->abandoned) && SSL_read_ex(nq->link.ssl, nq->spill, NBD_SPILL_BYTES, &bytes) == 1)
         error = nbd_feed(nq, nq->spill, (uint32_t)bytes);
     if (error) {
-        nbd_lost(nq, nbd_why(error));
+        nbd_misunderstood(nq, error);
         return;
     }
     error = SSL_get_error(nq->link.ssl, 0);
