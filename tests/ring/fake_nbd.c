@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "fake_lookup.h"
+#include "fake_tls.h"
 
 enum { TOGETHER_MAX = 128, ALL_FLAGS = 0x1ed };
 
@@ -16,7 +17,7 @@ struct connection {
     struct fake_nbd *s;
     int fd, place;
     uint32_t number;
-    bool unwelcome;
+    bool unwelcome, tls;
     uint64_t size; /* of the export, as it was said: no growth changes it */
 };
 
@@ -88,6 +89,13 @@ static bool negotiate(struct connection *me, bool *structured, bool *extended)
         }
         *structured |= can;
         *extended |= can && option == NBD_OPT_EXTENDED_HEADERS;
+        if (option == NBD_OPT_STARTTLS && s->tls_version) {
+            if (!option_reply(fd, option, NBD_REP_ACK, NULL, 0))
+                return false;
+            me->tls = true;
+            me->fd = fd = fake_tls_start(s, fd, me->number);
+            continue;
+        }
         uint32_t error = NBD_REPLY_ERROR | (option == NBD_OPT_GO ? NBD_ERR_UNKNOWN : NBD_ERR_UNSUP);
 
         if (!option_reply(fd, option, can ? NBD_REP_ACK : error, NULL, 0))
@@ -217,7 +225,8 @@ static void *serve_connection(void *argument)
             going = fake_nbd_reply(s, me->fd, structured, extended, &commands[load_relaxed(&s->reverse) ? n - 1 - i : i], buffer);
     }
     pthread_mutex_lock(&s->lock);
-    s->sockets[me->place] = -1;
+    if (!me->tls) /* else the socket is fake_tls.h's, for the plain bytes' other end to be closed by it */
+        s->sockets[me->place] = -1;
     close(me->fd);
     s->alive--;
     pthread_mutex_unlock(&s->lock);
@@ -333,6 +342,15 @@ void fake_nbd_open_tcp(struct fake_nbd *s, uint64_t size)
     set_up(s, size);
 }
 
+static uint32_t pumps(struct fake_nbd *s)
+{
+    pthread_mutex_lock(&s->lock);
+    uint32_t count = s->pumps;
+
+    pthread_mutex_unlock(&s->lock);
+    return count;
+}
+
 void fake_nbd_kill(struct fake_nbd *s)
 {
     store_relaxed(&s->stopping, true);
@@ -346,7 +364,7 @@ void fake_nbd_kill(struct fake_nbd *s)
         if (s->sockets[i] >= 0)
             shutdown(s->sockets[i], SHUT_RDWR);
     pthread_mutex_unlock(&s->lock);
-    while (fake_nbd_alive(s))
+    while (fake_nbd_alive(s) || pumps(s))
         harness_breathe();
 }
 

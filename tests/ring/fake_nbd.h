@@ -53,6 +53,8 @@ struct fake_nbd {
     uint32_t disk_error;  /* what is asked of the disk fails so; only below bad_end, unless that is 0 */
     uint64_t bad_end;
     uint64_t poison;      /* who asks for what begins there has his connection ended; 0: nobody */
+    int tls_version;      /* TLS1_2_VERSION or TLS1_3_VERSION; 0: it has no TLS */
+    uint32_t new_keys;    /* TLS 1.3: whenever it grows the keys are changed (KeyUpdate) */
     uint32_t deaf;        /* connections with smaller numbers are not read from, and what comes in stays in the kernels */
     uint32_t limit;       /* refuse more connections than that at once; 0: any number */
     /* What it saw. */
@@ -62,7 +64,7 @@ struct fake_nbd {
     pthread_t thread;
     pthread_mutex_t lock;
     int sockets[FAKE_CONNECTIONS]; /* of connections that live */
-    uint32_t alive;
+    uint32_t alive, pumps;
     bool stopping;
 };
 

@@ -53,6 +53,7 @@ struct vd_nbd_config {
     const char *psk_identity; /* empty: the file's first */
     const char *tls_hostname; /* empty: host */
     int write_through;        /* FUA with all that changes something, whether the driver can flush or not */
+    uint32_t tls_records;     /* so many are sent with the same keys at most; 0: as many as AES-GCM is good for */
     int wait;                 /* do not connect at open: the server may be away, and requests wait for it */
 };
 

@@ -63,10 +63,11 @@ static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
     return 0;
 }
 
-int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
+static int connect_once(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
 {
     uint64_t timeout_ns = timeout_ms * 1000000;
-    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns };
+    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns,
+                            .any_tls = n->any_tls };
     int error;
 
     reason[0] = 0;
@@ -80,6 +81,8 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
     link->ssl = s.ssl;
     link->tls = s.ssl;
     link->phase = s.phase;
+    link->records = 0;
+    link->kernel_tls = s.ssl && nbd_tls_uses_kernel(s.ssl);
     if (error) {
         nbd_leave(link, 0);
         return error;
@@ -91,6 +94,16 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
         (void)fcntl(link->fd, F_SETFL, fcntl(link->fd, F_GETFL) & ~O_NONBLOCK);
     }
     return 0;
+}
+
+int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
+{
+    int error = connect_once(n, timeout_ms, link, reason);
+
+    if (error != -EPROTONOSUPPORT)
+        return error;
+    n->any_tls = true; /* and the kernel does not do it */
+    return connect_once(n, timeout_ms, link, reason);
 }
 
 static void say(struct nbd *n, enum vd_backend_state state, const char *reason)

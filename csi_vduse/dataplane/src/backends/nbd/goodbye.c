@@ -34,9 +34,8 @@ void nbd_drop_at_close(int fd)
 void nbd_cut(const struct nbd_link *link)
 {
     const struct sockaddr nowhere = { .sa_family = AF_UNSPEC };
-    bool kernel_tls = link->tls && !link->ssl;
 
-    if (kernel_tls || connect(link->fd, &nowhere, sizeof(nowhere)))
+    if (link->kernel_tls || connect(link->fd, &nowhere, sizeof(nowhere)))
         (void)shutdown(link->fd, SHUT_RDWR);
 }
 

@@ -2,7 +2,8 @@
  * A queue's connection in use. The queue's thread runs all of it.
  *
  *   DOWN      no connection: the connector was asked for one, requests wait
- *   UP        commands are sent and answered; answered only, if the volume has become larger than its server said
+ *   UP        commands are sent and answered; answered only, if the volume has become larger than its server said, or if
+ *             enough has been encrypted with the connection's keys
  *   CLOSING   lost: shut down, and closed as soon as the kernel has let go of our buffers
  *
  * Kept true: a request that was taken from the driver is in one of the lists, waiting or sent, until it is answered.
@@ -126,13 +127,18 @@ void nbd_lost(struct nbd_queue *nq, const char *why)
 
 void nbd_broke(struct nbd_queue *nq, int result)
 {
+    const char *why = result == -EFAULT      ? "the driver's memory is gone"
+                      : result == -ETIMEDOUT ? "the server does not answer any more"
+                                             : "the server closed the connection";
+    bool closed = !result || result == -ECONNRESET || result == -EPIPE;
+
+    if (nq->state == NBD_UP && nq->link.tls && !nq->link.ssl && (result == -EIO || result == -EKEYEXPIRED))
+        why = nbd_tls_interruption(nq->link.fd, &closed);
     if (result == -EFAULT) /* there is no end of sending again what is not there */
         vd_queue_fault(nq->queue, VD_FAULT_MEMORY);
     if (nq->state == NBD_UP)
-        nq->hung_up = !result || result == -ECONNRESET || result == -EPIPE;
-    nbd_lost(nq, result == -EFAULT        ? "the driver's memory is gone"
-                 : result == -ETIMEDOUT   ? "the server does not answer any more"
-                                          : "the server closed the connection");
+        nq->hung_up = closed;
+    nbd_lost(nq, why);
 }
 
 void nbd_misunderstood(struct nbd_queue *nq, int error)
@@ -247,12 +253,29 @@ static bool is_outgrown(const struct nbd_queue *nq)
     return nq->link.export.size_bytes < load_relaxed(&nq->nbd->needed_bytes);
 }
 
+void nbd_count_records(struct nbd_queue *nq, size_t bytes, size_t pieces)
+{
+    if (nq->link.tls)
+        nq->link.records += 1 + bytes / NBD_RECORD_BYTES + pieces / NBD_RECORD_PIECES;
+}
+
+/*
+ * Keys are good for so many records. They are not changed on the connection: a kernel that encrypts for us cannot, or not before
+ * Linux 6.14.
+ */
+static bool is_worn(const struct nbd_queue *nq)
+{
+    uint32_t most = nq->nbd->target.tls_records;
+
+    return nq->link.records >= (most ? most : NBD_RECORDS_MAX);
+}
+
 void nbd_turn(struct vd_queue *q)
 {
     struct nbd_queue *nq = q->backend;
-    bool outgrown;
+    bool over;
 
-    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY) {
+    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY || nbd_memory_lost(nq)) {
         give_up(nq);
         return;
     }
@@ -273,12 +296,12 @@ void nbd_turn(struct vd_queue *q)
     }
     if (nq->state != NBD_UP)
         return;
-    outgrown = is_outgrown(nq);
-    if (outgrown && !nq->sent.first) {
+    over = is_outgrown(nq) || is_worn(nq);
+    if (over && !nq->sent.first) {
         nbd_lost(nq, NULL);
         return;
     }
-    if (!outgrown)
+    if (!over)
         nbd_send(nq); /* else what waits is sent on the next connection, as soon as this one has nothing to answer */
     nbd_receive(nq);
 }

@@ -31,7 +31,7 @@ static void free_target(struct nbd_target *t)
 static int copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
 {
     *t = (struct nbd_target){ copy(c->host), copy(c->service), copy(c->socket), copy(c->export_name), c->tls, c->write_through,
-                              copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
+                              c->tls_records, copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
     if (t->host && t->service && t->socket && t->export && t->certificates && t->psk_file && t->psk_identity &&
         t->tls_hostname)
         return 0;

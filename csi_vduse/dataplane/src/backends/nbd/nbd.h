@@ -33,6 +33,9 @@ enum {
     NBD_PREDICTED_MAX = 32,       /* replies whose place is prepared before they are here */
     NBD_SPILL_BYTES = 256 * 1024, /* what may have to be put elsewhere because it was not what was predicted */
     NBD_TLS_BYTES = 64 * 1024,
+    NBD_RECORD_BYTES = 16384,     /* of a TLS record at most (RFC 8446, 5.1) */
+    NBD_RECORD_PIECES = 16,       /* of memory, that the kernel puts into one at most */
+    NBD_RECORDS_MAX = 1 << 24,    /* to be sent with the same keys: AES-GCM is good for 2^24.5 (RFC 8446, 5.5) */
     NBD_BLOCK_MAX = 64 * 1024,    /* smallest unit of a server, the largest that we take */
     NBD_COOKIE_SHIFT = 16,        /* a command's number; below it the slot's */
 };
@@ -47,6 +50,7 @@ struct nbd_stream {
     int cancel_fd;       /* readable: give up */
     uint64_t deadline_ns;
     enum nbd_phase phase;
+    bool any_tls;        /* not only what OpenSSL can give to the kernel */
 };
 
 /* What the server says of the export. */
@@ -63,7 +67,9 @@ struct nbd_link {
     int fd;
     SSL *ssl;
     bool tls;            /* by us or by the kernel */
+    bool kernel_tls;     /* by the kernel, in one direction at least */
     enum nbd_phase phase;
+    uint64_t records;    /* of TLS that were sent; at most */
     struct nbd_export export;
 };
 
@@ -71,6 +77,7 @@ struct nbd_link {
 struct nbd_target {
     char *host, *service, *socket, *export;
     bool tls, write_through;
+    uint32_t tls_records;
     char *certificates, *psk_file, *psk_identity, *tls_hostname;
 };
 
@@ -80,7 +87,7 @@ struct nbd {
     struct vd_config config;     /* its numbers; the strings are not ours */
     int cancel_fd;
     pthread_t thread;
-    bool threaded;
+    bool threaded, any_tls; /* who connects: as in nbd_stream, since it was needed */
     pthread_mutex_t lock;        /* all below */
     pthread_cond_t changed;
     bool closing, finished;
@@ -232,6 +239,10 @@ int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct 
 int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES]);
 /* What the kernel does in both directions we need not do. */
 bool nbd_tls_is_kernel(SSL *ssl);
+/* Whether it does anything. */
+bool nbd_tls_uses_kernel(SSL *ssl);
+/* The kernel's TLS has something that is no data and that it cannot go on after: why the connection ends. */
+const char *nbd_tls_interruption(int fd, bool *closed);
 
 /* connector.c */
 int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES]);
@@ -270,6 +281,8 @@ void nbd_lost(struct nbd_queue *nq, const char *why);
 void nbd_broke(struct nbd_queue *nq, int result);
 /* The same, because of what the server said: -errno of the one who read it. */
 void nbd_misunderstood(struct nbd_queue *nq, int error);
+/* Bytes, in so many pieces, were sent in one call; counts them if they were encrypted. */
+void nbd_count_records(struct nbd_queue *nq, size_t bytes, size_t pieces);
 /* Whether only the oldest command may be on its way. */
 bool nbd_one_by_one(const struct nbd_queue *nq);
 /* The slot's command was answered, or is not asked any more. */
@@ -316,6 +329,12 @@ uint64_t nbd_part_done(struct nbd_queue *nq, struct nbd_slot *slot);
 static inline struct timespec moment(uint64_t ns)
 {
     return (struct timespec){ (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
+}
+
+/* Pages of the driver's memory went away, and what was read since may be zeros of ours. */
+static inline bool nbd_memory_lost(const struct nbd_queue *nq)
+{
+    return load_relaxed(&nq->queue->engine->memory_faults) != nq->queue->memory_faults;
 }
 
 static inline uint64_t at_most(uint64_t a, uint64_t b)

@@ -124,8 +124,11 @@ void nbd_send_done(struct nbd_queue *nq, int result)
         nbd_broke(nq, result);
         return;
     }
+    uint32_t before = nq->send_first;
+
     while (nq->send_first < nq->send_count && bytes >= nq->send_iov[nq->send_first].iov_len)
         bytes -= nq->send_iov[nq->send_first++].iov_len;
+    nbd_count_records(nq, (size_t)(result > 0 ? result : 0), nq->send_first - before);
     if (nq->send_first == nq->send_count || nq->broken)
         return;
     nq->send_iov[nq->send_first].iov_base = (uint8_t *)nq->send_iov[nq->send_first].iov_base + bytes;
