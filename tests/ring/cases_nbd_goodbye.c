@@ -98,6 +98,28 @@ CASE(nbd_who_asks_what_an_export_is_says_goodbye)
     fake_nbd_close(&s);
 }
 
+CASE(nbd_a_server_that_is_slow_to_forget_one_who_left_takes_the_next)
+{
+    struct vd_nbd_info info;
+    struct vd_nbd_config config;
+    struct rig rig;
+    struct fake_nbd s;
+    char reason[160];
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.limit = 1;
+    s.forgets_ms = 200;
+    config = fake_nbd_config(&s);
+    CHECK_EQUAL(vd_nbd_probe(&config, 1000, &info, reason), 0);
+    CHECK_EQUAL(vd_nbd_probe(&config, 1000, &info, reason), 0);
+    nbd_rig_open(&rig, &s, (struct plan){ .size = 64 });
+    blk_prove(&rig, 0);
+    CHECK_EQUAL(vd_nbd_probe(&config, 1000, &info, reason), -ECONNRESET); /* who does not leave is not waited for */
+    CHECK(strstr(reason, "no more clients"));
+    rig_close(&rig);
+    fake_nbd_close(&s);
+}
+
 CASE(nbd_who_is_refused_or_does_not_like_the_export_says_goodbye)
 {
     struct rig rig;
@@ -111,5 +133,28 @@ CASE(nbd_who_is_refused_or_does_not_like_the_export_says_goodbye)
     CHECK_EQUAL(vd_engine_new(&rig.config, &rig.engine), -ENOENT);
     WAIT_FOR(load_relaxed(&s.aborts) == 1);
     CHECK_EQUAL(load_relaxed(&s.goodbyes), 1);
+    fake_nbd_close(&s);
+}
+
+CASE(nbd_who_opens_an_export_to_learn_its_size_needs_no_other_connection)
+{
+    struct rig rig;
+    struct fake_nbd s;
+    struct vd_backend_info info;
+
+    fake_nbd_open(&s, 4 * MIB);
+    s.limit = 1;
+    s.size = 4 * MIB - 100;
+    s.min_block = 4096;
+    nbd_rig_plan(&rig, &s, (struct plan){ .size = 64, .capacity = 4 * MIB - 4096 });
+    rig.config.capacity_bytes = 0;
+    nbd_rig_start(&rig);
+    vd_engine_backend_info(rig.engine, &info);
+    CHECK_EQUAL(info.capacity_bytes, 4 * MIB - 4096);
+    CHECK_EQUAL(info.said_bytes, 4 * MIB - 100);
+    CHECK_EQUAL(vd_engine_set_capacity(rig.engine, 4 * MIB - 4096), 0);
+    blk_prove(&rig, 0);
+    rig_close(&rig);
+    CHECK_EQUAL(load_relaxed(&s.connections), 1);
     fake_nbd_close(&s);
 }

@@ -224,6 +224,9 @@ static void *serve_connection(void *argument)
         for (uint32_t i = 0; i < n - !going && going; i++)
             going = fake_nbd_reply(s, me->fd, structured, extended, &commands[load_relaxed(&s->reverse) ? n - 1 - i : i], buffer);
     }
+    shutdown(me->fd, SHUT_RDWR);
+    if (!me->unwelcome)
+        usleep(s->forgets_ms * 1000);
     pthread_mutex_lock(&s->lock);
     if (!me->tls) /* else the socket is fake_tls.h's, for the plain bytes' other end to be closed by it */
         s->sockets[me->place] = -1;

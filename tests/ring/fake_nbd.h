@@ -57,6 +57,7 @@ struct fake_nbd {
     uint32_t new_keys;    /* TLS 1.3: whenever it grows the keys are changed (KeyUpdate) */
     uint32_t deaf;        /* connections with smaller numbers are not read from, and what comes in stays in the kernels */
     uint32_t limit;       /* refuse more connections than that at once; 0: any number */
+    uint32_t forgets_ms;  /* one that has ended counts for so long */
     /* What it saw. */
     uint32_t connections, reads, writes, flushes, trims, zeroes, fuas, no_holes, violations;
     uint32_t goodbyes, aborts; /* connections ended by NBD_CMD_DISC, and by NBD_OPT_ABORT */

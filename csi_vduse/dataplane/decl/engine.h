@@ -60,7 +60,7 @@ struct vd_nbd_config {
 struct vd_config {
     uint32_t max_queues;
     uint32_t block_size_bytes;
-    uint64_t capacity_bytes;
+    uint64_t capacity_bytes;  /* 0: said later (vd_engine_set_capacity) */
     int read_only;
     int event_fd;             /* eventfd written when a queue faults or a request fails; -1: none */
     const char *serial;       /* answer to GET_ID, cut to 20 bytes */
@@ -97,12 +97,14 @@ struct vd_backend_info {
     int direct;               /* requests bypass the page cache */
     int discard;              /* DISCARD and WRITE_ZEROES can be offered */
     uint64_t capacity_bytes;  /* what the backend holds; 0: any, or not known yet */
+    uint64_t said_bytes;      /* with an end that is no whole block of the backend's, and not used; 0: there is none */
     struct vd_backend_status status;
 };
 
 /* What a server says of an export. */
 struct vd_nbd_info {
-    uint64_t size_bytes;
+    uint64_t size_bytes;      /* of whole blocks */
+    uint64_t said_bytes;      /* of all of it */
     uint32_t min_block_bytes;
     uint32_t max_payload_bytes;
     uint32_t flags;           /* NBD transmission flags */

@@ -12,7 +12,7 @@
 
 #include "nbd.h"
 
-enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000, LEAVE_MS = 500 };
+enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000, LEAVE_MS = 500, FORGET_MS = 500, FORGET_STEP_MS = 50 };
 
 static char *copy(const char *text)
 {
@@ -105,6 +105,20 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
     return 0;
 }
 
+/*
+ * Who opens an export has perhaps just asked what it is: servers that count their clients take a moment to forget one that
+ * has left.
+ */
+static int connect_patiently(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char *reason)
+{
+    uint64_t until_ns = now_ns() + FORGET_MS * 1000000ull;
+    int error;
+
+    while ((error = nbd_connect(n, timeout_ms, link, reason)) == -ECONNRESET && now_ns() < until_ns)
+        usleep(FORGET_STEP_MS * 1000);
+    return error;
+}
+
 static int nbd_open(const struct vd_config *config, void **state)
 {
     char reason[NBD_REASON_BYTES] = "";
@@ -114,7 +128,7 @@ static int nbd_open(const struct vd_config *config, void **state)
     if (error)
         return error;
     if (!config->nbd->wait)
-        error = nbd_connect(n, OPEN_MS, &n->spare[0], reason);
+        error = connect_patiently(n, OPEN_MS, &n->spare[0], reason);
     if (!error && !config->nbd->wait) {
         n->spares = 1;
         n->export = n->spare[0].export;
@@ -142,6 +156,7 @@ static void nbd_info(void *state, struct vd_backend_info *info)
     info->direct = 1;
     info->discard = 1;
     info->capacity_bytes = n->export.size_bytes;
+    info->said_bytes = n->export.said_bytes;
     info->status = n->status;
     pthread_mutex_unlock(&n->lock);
 }
@@ -156,7 +171,7 @@ static void need(struct nbd *n, uint64_t capacity_bytes)
 }
 
 /*
- * The size is said in the handshake only: shake hands once more. Not here: the control thread may be kept for a moment, and
+ * The size is said in the handshake only: shake hands once more, unless nobody has asked yet since open did. Not here: the control thread may be kept for a moment, and
  * looking up a name may take minutes.
  */
 static int nbd_resize(void *state, uint64_t capacity_bytes)
@@ -166,8 +181,8 @@ static int nbd_resize(void *state, uint64_t capacity_bytes)
     int error = 0;
 
     pthread_mutex_lock(&n->lock);
-    n->looking = true;
-    n->look_error = -ETIMEDOUT;
+    n->looking = n->needed_bytes || !n->export.size_bytes;
+    n->look_error = n->looking ? -ETIMEDOUT : 0;
     pthread_cond_broadcast(&n->changed);
     while (n->looking && !error)
         error = pthread_cond_timedwait(&n->changed, &n->lock, &until);
@@ -190,12 +205,13 @@ int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct
 
     if (error)
         return error;
-    error = nbd_connect(n, timeout_ms, &link, reason);
+    error = connect_patiently(n, timeout_ms, &link, reason);
     nbd_close(n);
     if (error)
         return error;
     *info = (struct vd_nbd_info){
         .size_bytes = link.export.size_bytes,
+        .said_bytes = link.export.said_bytes,
         .min_block_bytes = link.export.min_block,
         .max_payload_bytes = link.export.max_payload,
         .flags = link.export.flags,

@@ -55,7 +55,8 @@ struct nbd_stream {
 
 /* What the server says of the export. */
 struct nbd_export {
-    uint64_t size_bytes;
+    uint64_t size_bytes; /* of whole blocks */
+    uint64_t said_bytes; /* of all of it */
     uint16_t flags;      /* enum nbd_flag */
     uint32_t min_block;  /* bytes; every offset and length is a multiple */
     uint32_t max_payload;

@@ -100,6 +100,7 @@ static int ask(struct nbd_stream *s, uint32_t option, char *reason)
 
 static int check_export(struct nbd_export *e, char *reason)
 {
+    e->said_bytes = e->size_bytes;
     if (e->min_block)
         e->size_bytes -= e->size_bytes % e->min_block; /* what is left at the end cannot be reached */
     if (!e->size_bytes || e->size_bytes > INT64_MAX)
@@ -222,6 +223,10 @@ static int greet(struct nbd_stream *s, bool *zeroes, char *reason)
     uint8_t greeting[18], flags[4];
     int error = nbd_stream_read(s, greeting, sizeof(greeting));
 
+    if (error == -ECONNRESET)
+        return fail(reason, error, "the server closed the connection before it said anything: perhaps it takes no more clients");
+    if (error == -ETIMEDOUT)
+        return fail(reason, error, "the server did not answer in time; it says nothing: perhaps it takes one client at a time");
     if (error)
         return lost(reason, error);
     if (get64(greeting) != NBD_MAGIC)

@@ -134,12 +134,14 @@ static int name_peer(SSL *ssl, const struct nbd_target *target)
 {
     const char *name = target->tls_hostname[0] ? target->tls_hostname : target->host;
     X509_VERIFY_PARAM *parameters = SSL_get0_param(ssl);
+    char address[64];
 
     if (target->psk_file[0])
         return 1;
     if (!name[0])
         return SSL_set1_host(ssl, "localhost"); /* behind a unix socket, as libnbd has it */
-    if (X509_VERIFY_PARAM_set1_ip_asc(parameters, name) == 1)
+    snprintf(address, sizeof(address), "%.*s", (int)strcspn(name, "%"), name); /* a zone is ours to know (RFC 6874) */
+    if (X509_VERIFY_PARAM_set1_ip_asc(parameters, address) == 1)
         return 1;
     return SSL_set_tlsext_host_name(ssl, name) == 1 && SSL_set1_host(ssl, name);
 }
