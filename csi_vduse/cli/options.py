@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from csi_vduse import log
 from csi_vduse.agent.model import AttachSpec
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_size
 from csi_vduse.dataplane import nbd_config, nbd_uri
@@ -104,13 +105,18 @@ def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
     """Read what add_device_options added.
 
     Raises:
-        InvalidArgument, VduseError: as `throttle_of` and `parse_backend`.
+        InvalidArgument: as `throttle_of`, `parse_backend` and `usable_bytes`.
+        VduseError: a server does not answer, or not as it should; csi_vduse/dataplane/nbd_config.py.
     """
-    backend, capacity_bytes = parse_backend(options.backend)
+    backend, size_bytes = parse_backend(options.backend)
+    said_bytes = size_bytes
+    if isinstance(backend, NbdBackend):
+        found = nbd_config.probe(backend, timeout_s=_SERVER_TIMEOUT_S)
+        size_bytes, said_bytes = found.size_bytes, found.said_bytes
     return AttachSpec(
         volume_id=volume_id,
         backend=backend,
-        capacity_bytes=capacity_bytes,
+        capacity_bytes=usable_bytes(size_bytes, options.block_size or SECTOR_BYTES, said_bytes=said_bytes),
         bus=options.bus,
         read_only=options.read_only,
         queues=options.queues,
@@ -122,17 +128,14 @@ def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
 
 
 def parse_backend(text: str) -> tuple[BackendSpec, int]:
-    """Return the backend and its capacity in bytes, for `file:PATH`, `null:SIZE` or an NBD URI, whose server is asked.
+    """Return the backend and its size in bytes, for `file:PATH`, `null:SIZE` or an NBD URI: 0, its server knows.
 
     Raises:
         InvalidArgument: none of them, or the file cannot be looked at.
-        VduseError: the server does not answer, or not as it should; csi_vduse/dataplane/nbd_config.py.
     """
     kind, _, rest = text.partition(":")
-    if kind.startswith("nbd"):
-        remote = NbdBackend(*nbd_uri.parse_with_tls(text))
-        size_bytes = nbd_config.probe(remote, timeout_s=_SERVER_TIMEOUT_S).size_bytes
-        return remote, size_bytes // SECTOR_BYTES * SECTOR_BYTES
+    if kind.lower().startswith("nbd"):
+        return NbdBackend(*nbd_uri.parse_with_tls(text)), 0
     if kind == "null" and rest:
         return NullBackend(), parse_size(rest)
     if kind == "file" and rest:
@@ -143,3 +146,29 @@ def parse_backend(text: str) -> tuple[BackendSpec, int]:
         except OSError as error:
             raise InvalidArgument(f"backend file {path}: {error.strerror}") from error
     raise InvalidArgument(f"backend {text!r} is not file:PATH, null:SIZE or an NBD URI")
+
+
+def usable_bytes(size_bytes: int, block_size_bytes: int, *, said_bytes: int) -> int:
+    """Return how much of a backend whole blocks of a device can serve; the log says what is left out.
+
+    Args:
+        size_bytes: what whole blocks of the backend have.
+        block_size_bytes: of the device.
+        said_bytes: all that the backend has.
+
+    Raises:
+        InvalidArgument: nothing.
+    """
+    usable = size_bytes // block_size_bytes * block_size_bytes
+    if not usable:
+        raise InvalidArgument(
+            f"the backend has {said_bytes} bytes, and a block has {block_size_bytes}",
+            hint="make it larger, or take smaller blocks",
+        )
+    if usable != said_bytes:
+        log.get().warning(
+            "the end of the backend is left out: it is no whole block",
+            backend_bytes=said_bytes,
+            left_out_bytes=said_bytes - usable,
+        )
+    return usable

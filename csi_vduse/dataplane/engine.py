@@ -134,7 +134,7 @@ class Engine:
 
     Args:
         backend: where the bytes are.
-        capacity_bytes: what the driver may address.
+        capacity_bytes: what the driver may address; 0: not known before the backend is open (set_capacity).
         block_size_bytes: the smallest unit that the driver was told.
         max_queues: queues that may be started.
         read_only: refuse whatever writes.
@@ -214,6 +214,13 @@ class Engine:
         info = ffi.new("struct vd_backend_info *")
         lib.vd_engine_backend_info(self._engine, info)
         return int(info.capacity_bytes)
+
+    @property
+    def backend_said_bytes(self) -> int:
+        """What the backend says that it holds, with an end that is no whole block of its own; 0 if it says nothing."""
+        info = ffi.new("struct vd_backend_info *")
+        lib.vd_engine_backend_info(self._engine, info)
+        return int(info.said_bytes)
 
     def set_regions(self, regions: Sequence[Region]) -> None:
         """Replace the address map; queues must be stopped or paused."""

@@ -29,10 +29,12 @@ _MULTI_CONN = 1 << 8
 class NbdExport:
     """What a server says of an export.
 
+    size_bytes: of whole blocks; said_bytes: of all of it.
     multi_conn: it may be used through several connections, so by several queues.
     """
 
     size_bytes: int
+    said_bytes: int
     min_block_bytes: int
     max_payload_bytes: int
     read_only: bool
@@ -84,6 +86,7 @@ def probe(backend: NbdBackend, *, timeout_s: float) -> NbdExport:
         raise error(-result, backend.uri, text(reason))
     return NbdExport(
         size_bytes=int(info.size_bytes),
+        said_bytes=int(info.said_bytes),
         min_block_bytes=int(info.min_block_bytes),
         max_payload_bytes=int(info.max_payload_bytes),
         read_only=bool(info.flags & _READ_ONLY),
@@ -105,7 +108,11 @@ def error(number: int, uri: str, reason: str) -> VduseError:
     message = f"{uri}: {reason or os.strerror(number)}"
     kind = _ERRORS.get(number)
     if kind is None:
-        return Unavailable(message, hint="is the server running, and its address right?")
+        return Unavailable(
+            message,
+            hint="is the server running, and its address right? One that ends with its first client, as qemu-nbd does "
+            "without --persistent, is not there any more when it has been asked what it has",
+        )
     return kind(message, hint="serve it with one queue" if number == errno.EMLINK else "")
 
 

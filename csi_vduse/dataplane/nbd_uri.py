@@ -2,11 +2,14 @@
 
 The NBD URI specification (NetworkBlockDevice/nbd, doc/uri.md): schemes nbd, nbds (TLS), nbd+unix and nbds+unix; the
 path without its first slash, percent-decoded, is the export's name; a unix socket is the parameter `socket`. Its
-parameter tls-psk-file, and tls-certificates and tls-hostname of libnbd(3), say what TLS is done with.
+parameter tls-psk-file, and tls-certificates and tls-hostname of libnbd(3), say what TLS is done with. Letters' case in
+schemes and hosts, and percent-encoding in hosts, are RFC 3986 (3.1, 3.2.2); an IPv6 address with a zone, which is
+written after `%25`, RFC 6874.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +28,8 @@ _SCHEMES = {
     "nbds+unix": (True, True),
 }
 _TLS_PARAMETERS = ("tls-certificates", "tls-psk-file", "tls-hostname")
+# What is before the zone of an IPv6 address, and the zone; urlsplit does not decode it.
+_ZONE = re.compile(r"([^:/?#]+://[^/?#\[\]]*\[[^\]%/?#]*)%25([^\]/?#]*)")
 _HINT = "for example nbd://HOST:10809/EXPORT or nbd+unix:///EXPORT?socket=/PATH"
 
 
@@ -103,7 +108,10 @@ def render(address: NbdAddress) -> str:
     export = quote(address.export, safe="/")
     if address.socket is not None:
         return f"{scheme}+unix://{user}/{export}?socket={quote(str(address.socket), safe='/')}"
-    host = f"[{address.host}]" if ":" in address.host else address.host
+    host = quote(address.host, safe="")
+    if ":" in address.host:
+        ip, percent, zone = address.host.partition("%")
+        host = f"[{ip}%25{quote(zone, safe='')}]" if percent else f"[{ip}]"
     return f"{scheme}://{user}{host}:{address.port}/{export}"
 
 
@@ -131,12 +139,13 @@ def tls_from_json(value: dict[str, Any] | None) -> NbdTls | None:
 
 
 def _split(uri: str) -> tuple[NbdAddress, dict[str, str]]:
+    zoned = _ZONE.match(uri)
     try:
-        parts = urlsplit(uri)
-        port, host = parts.port, parts.hostname or ""
+        parts = urlsplit(zoned[1] + uri[zoned.end() :] if zoned else uri)
+        port, host = parts.port, _host(parts.hostname or "", uri, _decode(zoned[2], uri) if zoned else None)
     except ValueError as error:
         raise InvalidArgument(f"{uri!r} is not a URI: {error}", hint=_HINT) from error
-    if parts.scheme not in _SCHEMES or not uri.startswith(f"{parts.scheme}://") or parts.fragment:
+    if parts.scheme not in _SCHEMES or not uri.lower().startswith(f"{parts.scheme}://") or parts.fragment:
         raise InvalidArgument(f"{uri!r} is not an NBD URI", hint=_HINT)
     unix, tls = _SCHEMES[parts.scheme]
     options = _parameters(parts, uri)
@@ -161,6 +170,25 @@ def _split(uri: str) -> tuple[NbdAddress, dict[str, str]]:
     if len(address.export.encode()) > MAX_NAME_BYTES:
         raise InvalidArgument(f"the export's name is longer than {MAX_NAME_BYTES} bytes")
     return address, options
+
+
+def _host(raw: str, uri: str, zone: str | None) -> str:
+    """Return the host as the system's look-up takes it: decoded, and with a zone after `%`."""
+    if ":" in raw and "%" not in raw:
+        if zone is not None and not _is_name(zone):
+            raise InvalidArgument(f"{uri!r} has a zone that cannot be one", hint=_HINT)
+        return raw if zone is None else f"{raw}%{zone}"
+    host = _decode(raw, uri).lower()
+    if zone is not None or (host and not _is_name(host)):
+        raise InvalidArgument(
+            f"{uri!r} names a host that none can have", hint="a zone is written so: [fe80::1%25eth0]"
+        )
+    return host
+
+
+def _is_name(text: str) -> bool:
+    """Tell whether text can be a host or a zone: something that shows, and nothing that means something in a URI."""
+    return bool(text) and text.isprintable() and not set(text) & set(" :/?#[]@%")
 
 
 def _parameters(parts: SplitResult, uri: str) -> dict[str, str]:

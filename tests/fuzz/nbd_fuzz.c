@@ -65,6 +65,19 @@ void vd_request_finish(struct vd_queue *q, struct vd_request *r, int error)
     q->in_flight--;
 }
 
+bool vd_request_wait(struct vd_queue *q, struct vd_request *r, int error)
+{
+    (void)q;
+    (void)r;
+    (void)error;
+    return false;
+}
+
+void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
+{
+    q->fault = fault;
+}
+
 static struct nbd_queue *nq(void)
 {
     return queue.backend;
@@ -348,7 +361,7 @@ static void begin(bool flush)
     memset(&queue, 0, sizeof(queue));
     pthread_mutex_init(&nbd.lock, NULL);
     pthread_cond_init(&nbd.changed, NULL);
-    nbd.spare.fd = nbd.config.event_fd = -1;
+    nbd.config.event_fd = -1;
     engine.backend = &nbd;
     queue.engine = &engine;
     queue.stats = &engine.stats[0];

@@ -19,6 +19,13 @@ void fake_lookup(const struct sockaddr_in *addresses, uint32_t count, uint32_t d
     given_delay_ms = delay_ms;
 }
 
+static void (*called)(void);
+
+void fake_lookup_calls(void (*first)(void))
+{
+    called = first;
+}
+
 int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **result)
 {
     struct addrinfo *first = NULL;
@@ -27,6 +34,8 @@ int getaddrinfo(const char *node, const char *service, const struct addrinfo *hi
     (void)service;
     (void)hints;
     usleep(given_delay_ms * 1000);
+    if (called)
+        called();
     for (uint32_t i = given_count; i-- > 0;) {
         struct addrinfo *each = calloc(1, sizeof(*each));
 

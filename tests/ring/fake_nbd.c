@@ -1,25 +1,23 @@
-#include "fake_nbd.h"
+#include "fake_nbd_parts.h"
 
-#include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "backends/nbd/wire.h"
+#include "fake_lookup.h"
+#include "fake_tls.h"
 
 enum { TOGETHER_MAX = 128, ALL_FLAGS = 0x1ed };
-
-struct command {
-    uint16_t flags, type;
-    uint64_t cookie, offset, length;
-};
 
 struct connection {
     struct fake_nbd *s;
     int fd, place;
+    uint32_t number;
+    bool unwelcome, tls;
     uint64_t size; /* of the export, as it was said: no growth changes it */
 };
 
@@ -28,9 +26,9 @@ static bool get(int fd, void *to, size_t n)
     return !n || recv(fd, to, n, MSG_WAITALL) == (ssize_t)n;
 }
 
-static bool give(int fd, const void *from, size_t n)
+static void count(uint32_t *counter)
 {
-    return !n || send(fd, from, n, MSG_NOSIGNAL) == (ssize_t)n;
+    __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
 
 static bool option_reply(int fd, uint32_t option, uint32_t type, const void *data, uint32_t length)
@@ -41,7 +39,7 @@ static bool option_reply(int fd, uint32_t option, uint32_t type, const void *dat
     put32(header + 8, option);
     put32(header + 12, type);
     put32(header + 16, length);
-    return give(fd, header, sizeof(header)) && give(fd, data, length);
+    return fake_nbd_give(fd, header, sizeof(header)) && fake_nbd_give(fd, data, length);
 }
 
 static bool say_export(struct connection *me)
@@ -50,10 +48,6 @@ static bool say_export(struct connection *me)
     int fd = me->fd;
     uint8_t export[12] = { 0 }, sizes[14] = { 0 };
 
-    if (load_relaxed(&s->refuse)) {
-        option_reply(fd, NBD_OPT_GO, NBD_REPLY_ERROR | NBD_ERR_UNKNOWN, NULL, 0);
-        return false;
-    }
     me->size = load_relaxed(&s->size);
     put64(export + 2, me->size);
     put16(export + 10, load_relaxed(&s->flags));
@@ -77,184 +71,67 @@ static bool negotiate(struct connection *me, bool *structured, bool *extended)
     put64(greeting, NBD_MAGIC);
     put64(greeting + 8, NBD_OPTION_MAGIC);
     put16(greeting + 16, NBD_FIXED_NEWSTYLE | NBD_NO_ZEROES);
-    if (!give(fd, greeting, sizeof(greeting)) || !get(fd, flags, sizeof(flags)))
+    if (!fake_nbd_give(fd, greeting, sizeof(greeting)) || !get(fd, flags, sizeof(flags)))
         return false;
     *structured = *extended = false;
     while (get(fd, header, sizeof(header))) {
         uint32_t option = get32(header + 8), length = get32(header + 12);
         bool can = (option == NBD_OPT_STRUCTURED_REPLY && s->structured) ||
-                   (option == NBD_OPT_EXTENDED_HEADERS && s->extended);
+                   (option == NBD_OPT_EXTENDED_HEADERS && s->extended), refuse = load_relaxed(&s->refuse);
 
         if (length > sizeof(data) || !get(fd, data, length))
             return false;
-        if (option == NBD_OPT_GO)
+        if (option == NBD_OPT_GO && !refuse)
             return say_export(me);
+        if (option == NBD_OPT_ABORT) {
+            count(&s->aborts);
+            return false;
+        }
         *structured |= can;
         *extended |= can && option == NBD_OPT_EXTENDED_HEADERS;
-        if (!option_reply(fd, option, can ? NBD_REP_ACK : NBD_REPLY_ERROR | NBD_ERR_UNSUP, NULL, 0))
+        if (option == NBD_OPT_STARTTLS && s->tls_version) {
+            if (!option_reply(fd, option, NBD_REP_ACK, NULL, 0))
+                return false;
+            me->tls = true;
+            me->fd = fd = fake_tls_start(s, fd, me->number);
+            continue;
+        }
+        uint32_t error = NBD_REPLY_ERROR | (option == NBD_OPT_GO ? NBD_ERR_UNKNOWN : NBD_ERR_UNSUP);
+
+        if (!option_reply(fd, option, can ? NBD_REP_ACK : error, NULL, 0))
             return false;
     }
     return false;
 }
 
-/* A chunk's header; returns its length. */
-static size_t chunk(uint8_t *to, bool extended, uint16_t flags, uint16_t type, const struct command *c, uint64_t length)
+static bool more(int fd, int wait_ms)
 {
-    put32(to, extended ? NBD_EXTENDED_REPLY_MAGIC : NBD_STRUCTURED_REPLY_MAGIC);
-    put16(to + 4, flags);
-    put16(to + 6, type);
-    put64(to + 8, c->cookie);
-    if (!extended) {
-        put32(to + 16, (uint32_t)length);
-        return NBD_STRUCTURED_BYTES;
-    }
-    put64(to + 16, c->offset);
-    put64(to + 24, length);
-    return NBD_EXTENDED_BYTES;
+    struct pollfd p = { .fd = fd, .events = POLLIN };
+
+    return poll(&p, 1, wait_ms) > 0;
 }
 
-static size_t simple(uint8_t *to, uint64_t cookie, uint32_t error)
+static bool is_deaf(const struct connection *me)
 {
-    put32(to, NBD_SIMPLE_REPLY_MAGIC);
-    put32(to + 4, error);
-    put64(to + 8, cookie);
-    return NBD_SIMPLE_BYTES;
+    return me->number < load_relaxed(&me->s->deaf);
 }
 
-static size_t data_chunk(struct fake_nbd *s, uint8_t *to, bool extended, uint16_t flags, const struct command *c, uint64_t at,
-                         uint64_t bytes)
+/* Wait for something to read, or for the end; false: the server stops. */
+static bool listen_for(const struct connection *me)
 {
-    size_t n = chunk(to, extended, flags, NBD_CHUNK_DATA, c, bytes + 8);
-
-    put64(to + n, at);
-    memcpy(to + n + 8, s->image + at, bytes);
-    return n + 8 + bytes;
+    while (!load_relaxed(&me->s->stopping))
+        if (is_deaf(me))
+            usleep(1000);
+        else if (more(me->fd, 5) && !is_deaf(me))
+            return true;
+    return false;
 }
 
-static size_t hole_chunk(uint8_t *to, bool extended, uint16_t flags, const struct command *c, uint64_t at, uint64_t bytes)
+static uint32_t disk_error(const struct fake_nbd *s, const struct command *c)
 {
-    size_t n = chunk(to, extended, flags, NBD_CHUNK_HOLE, c, 12);
+    uint64_t end = load_relaxed(&s->bad_end);
 
-    put64(to + n, at);
-    put32(to + n + 8, (uint32_t)bytes);
-    return n + 12;
-}
-
-/* A read's answer in pieces of 1024 bytes, last first; those of zeros as holes. */
-static size_t in_fragments(struct fake_nbd *s, uint8_t *to, bool extended, const struct command *c)
-{
-    size_t n = 0;
-
-    for (uint64_t left = c->length; left;) {
-        uint64_t bytes = left % 1024 ? left % 1024 : 1024, at = c->offset + left - bytes;
-        bool zero = s->holes && is_byte(s->image + at, bytes, 0);
-
-        left -= bytes;
-        n += zero ? hole_chunk(to + n, extended, 0, c, at, bytes) : data_chunk(s, to + n, extended, 0, c, at, bytes);
-    }
-    return n + chunk(to + n, extended, NBD_CHUNK_DONE, NBD_CHUNK_NONE, c, 0);
-}
-
-static size_t answer_error(uint8_t *to, bool structured, bool extended, const struct command *c, uint32_t error, const char *text)
-{
-    if (!structured)
-        return simple(to, c->cookie, error);
-    size_t n = chunk(to, extended, NBD_CHUNK_DONE, NBD_CHUNK_ERROR | 1, c, 6 + strlen(text));
-
-    put32(to + n, error);
-    put16(to + n + 4, (uint16_t)strlen(text));
-    memcpy(to + n + 6, text, strlen(text));
-    return n + 6 + strlen(text);
-}
-
-/* The right answer; returns its length. */
-static size_t answer(struct fake_nbd *s, uint8_t *to, bool structured, bool extended, const struct command *c)
-{
-    size_t n;
-
-    if (c->type != NBD_READ)
-        return extended ? chunk(to, true, NBD_CHUNK_DONE, NBD_CHUNK_NONE, c, 0) : simple(to, c->cookie, 0);
-    if (structured)
-        return s->fragments ? in_fragments(s, to, extended, c)
-                            : data_chunk(s, to, extended, NBD_CHUNK_DONE, c, c->offset, c->length);
-    n = simple(to, c->cookie, 0);
-    memcpy(to + n, s->image + c->offset, c->length);
-    return n + c->length;
-}
-
-static int take_misdeed(struct fake_nbd *s, bool early)
-{
-    int misdeed = BE_GOOD;
-
-    pthread_mutex_lock(&s->lock);
-    if (s->misdeed && (s->misdeed == EARLY) == early && !s->skip--) {
-        misdeed = s->misdeed;
-        s->skip = 0;
-        s->misdeed = BE_GOOD;
-    }
-    pthread_mutex_unlock(&s->lock);
-    return misdeed;
-}
-
-/* Answer, rightly or as told; false: the connection ends. */
-static bool reply(struct fake_nbd *s, int fd, bool structured, bool extended, const struct command *c, uint8_t *buffer)
-{
-    size_t n, base = extended ? 32 : 20;
-
-    pthread_mutex_lock(&s->lock);
-    n = answer(s, buffer, structured, extended, c);
-    pthread_mutex_unlock(&s->lock);
-    switch (take_misdeed(s, false)) {
-    case CLOSE:
-        return false;
-    case HALF:
-        give(fd, buffer, n / 2);
-        return false;
-    case BAD_MAGIC:
-        buffer[0] ^= 0xff;
-        break;
-    case BAD_COOKIE:
-        buffer[15] ^= 0x3f;
-        break;
-    case TWICE:
-        if (!give(fd, buffer, n))
-            return false;
-        break;
-    case ABSURD:
-        put32(buffer + (extended ? 28 : 16), 0x7fffffff);
-        break;
-    case OUTSIDE:
-        put64(buffer + base, c->offset - 4096);
-        break;
-    case TOO_MUCH:
-        n = data_chunk(s, buffer, extended, 0, c, c->offset, c->length);
-        n += data_chunk(s, buffer + n, extended, 0, c, c->offset, c->length);
-        break;
-    case MISSING:
-        n = chunk(buffer, extended, NBD_CHUNK_DONE, NBD_CHUNK_NONE, c, 0);
-        break;
-    case UNKNOWN_TYPE:
-        n = chunk(buffer, extended, NBD_CHUNK_DONE, 77, c, 0);
-        break;
-    case FAIL_EIO:
-        n = answer_error(buffer, structured, extended, c, EIO, "");
-        break;
-    case FAIL_SHUTDOWN:
-        n = answer_error(buffer, structured, extended, c, ESHUTDOWN, "");
-        break;
-    case FAIL_EIO_WITH_TEXT:
-        n = data_chunk(s, buffer, extended, 0, c, c->offset, c->length / 2);
-        n += answer_error(buffer + n, structured, extended, c, EIO, "the disk is on fire");
-        break;
-    default:
-        break;
-    }
-    return give(fd, buffer, n);
-}
-
-static void count(uint32_t *counter)
-{
-    __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+    return end && c->offset >= end ? 0 : load_relaxed(&s->disk_error);
 }
 
 /* Read a command and do it; false: the connection ends. */
@@ -264,7 +141,7 @@ static bool serve(const struct connection *me, bool extended, struct command *c,
     int fd = me->fd;
     uint8_t header[32];
 
-    if (!get(fd, header, extended ? 32 : 28))
+    if (!listen_for(me) || !get(fd, header, extended ? 32 : 28))
         return false;
     c->flags = get16(header + 4);
     c->type = get16(header + 6);
@@ -278,21 +155,26 @@ static bool serve(const struct connection *me, bool extended, struct command *c,
         count(&s->violations);
         return false;
     }
+    if (load_relaxed(&s->poison) && c->offset == load_relaxed(&s->poison))
+        return false;
     if (c->flags & NBD_CMD_FUA)
         count(&s->fuas);
+    c->error = disk_error(s, c);
     switch (c->type) {
     case NBD_READ:
         count(&s->reads);
         return true;
     case NBD_WRITE:
         count(&s->writes);
-        if (take_misdeed(s, true)) {
-            give(fd, buffer, answer(s, buffer, false, extended, c));
+        if (fake_nbd_take_misdeed(s, true)) {
+            fake_nbd_give(fd, buffer, fake_nbd_answer(s, buffer, false, extended, c));
             usleep(100000);
             return false;
         }
         if (!get(fd, buffer, c->length))
             return false;
+        if (c->error)
+            return true;
         pthread_mutex_lock(&s->lock);
         memcpy(s->image + c->offset, buffer, c->length);
         pthread_mutex_unlock(&s->lock);
@@ -311,16 +193,12 @@ static bool serve(const struct connection *me, bool extended, struct command *c,
         memset(s->image + c->offset, 0, c->length);
         pthread_mutex_unlock(&s->lock);
         return true;
+    case NBD_DISCONNECT:
+        count(&s->goodbyes);
+        return false;
     default:
         return false;
     }
-}
-
-static bool more(int fd, int wait_ms)
-{
-    struct pollfd p = { .fd = fd, .events = POLLIN };
-
-    return poll(&p, 1, wait_ms) > 0;
 }
 
 static void *serve_connection(void *argument)
@@ -329,7 +207,8 @@ static void *serve_connection(void *argument)
     struct fake_nbd *s = me->s;
     struct command commands[TOGETHER_MAX];
     uint8_t *buffer = malloc(4 * MIB);
-    bool structured = false, extended = false, going = negotiate(me, &structured, &extended);
+    bool structured = false, extended = false;
+    bool going = !me->unwelcome && negotiate(me, &structured, &extended);
 
     while (going) {
         uint32_t n = 0;
@@ -343,10 +222,14 @@ static void *serve_connection(void *argument)
         if (load_relaxed(&s->hold))
             continue;
         for (uint32_t i = 0; i < n - !going && going; i++)
-            going = reply(s, me->fd, structured, extended, &commands[load_relaxed(&s->reverse) ? n - 1 - i : i], buffer);
+            going = fake_nbd_reply(s, me->fd, structured, extended, &commands[load_relaxed(&s->reverse) ? n - 1 - i : i], buffer);
     }
+    shutdown(me->fd, SHUT_RDWR);
+    if (!me->unwelcome)
+        usleep(s->forgets_ms * 1000);
     pthread_mutex_lock(&s->lock);
-    s->sockets[me->place] = -1;
+    if (!me->tls) /* else the socket is fake_tls.h's, for the plain bytes' other end to be closed by it */
+        s->sockets[me->place] = -1;
     close(me->fd);
     s->alive--;
     pthread_mutex_unlock(&s->lock);
@@ -365,7 +248,9 @@ static void *accept_connections(void *argument)
         pthread_t thread;
 
         pthread_mutex_lock(&s->lock);
-        *connection = (struct connection){ .s = s, .fd = fd, .place = (int)(s->connections % FAKE_CONNECTIONS) };
+        *connection = (struct connection){ .s = s, .fd = fd, .place = (int)(s->connections % FAKE_CONNECTIONS),
+                                           .number = s->connections,
+                                           .unwelcome = s->limit && s->alive >= s->limit };
         s->sockets[connection->place] = fd;
         s->alive++;
         store_relaxed(&s->connections, s->connections + 1);
@@ -390,25 +275,46 @@ void fake_nbd_settle(struct fake_nbd *s)
     pthread_mutex_unlock(&s->lock);
 }
 
-void fake_nbd_restart(struct fake_nbd *s)
+static void listen_at(struct fake_nbd *s, const void *address, socklen_t length)
+{
+    CHECK(!bind(s->listener, address, length) && !listen(s->listener, 16));
+}
+
+static void listen_unix(struct fake_nbd *s)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
 
-    store_relaxed(&s->stopping, false);
     strcpy(address.sun_path, s->path);
     unlink(s->path);
     s->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    CHECK(!bind(s->listener, (struct sockaddr *)&address, sizeof(address)) && !listen(s->listener, 16));
+    listen_at(s, &address, sizeof(address));
+}
+
+static void listen_tcp(struct fake_nbd *s)
+{
+    socklen_t length = sizeof(s->address);
+    const int on = 1;
+
+    s->listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK(!setsockopt(s->listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) &&
+          !setsockopt(s->listener, SOL_SOCKET, SO_RCVBUF, &s->receive_bytes, sizeof(s->receive_bytes)));
+    listen_at(s, &s->address, length);
+    CHECK(!getsockname(s->listener, (struct sockaddr *)&s->address, &length));
+    fake_lookup(&s->address, 1, 0);
+}
+
+void fake_nbd_restart(struct fake_nbd *s)
+{
+    store_relaxed(&s->stopping, false);
+    if (s->path[0])
+        listen_unix(s);
+    else
+        listen_tcp(s);
     CHECK(!pthread_create(&s->thread, NULL, accept_connections, s));
 }
 
-void fake_nbd_open(struct fake_nbd *s, uint64_t size)
+static void set_up(struct fake_nbd *s, uint64_t size)
 {
-    const char *folder = getenv("TEST_DIRECTORY") ? getenv("TEST_DIRECTORY") : "/tmp";
-
-    memset(s, 0, sizeof(*s));
-    /* Names of sockets are short, and those of test folders long. */
-    snprintf(s->path, sizeof(s->path), "%.60s/nbd-%d", strlen(folder) < 60 ? folder : "/tmp", (int)getpid());
     s->image = calloc(1, size);
     s->size = size;
     s->structured = true;
@@ -421,24 +327,48 @@ void fake_nbd_open(struct fake_nbd *s, uint64_t size)
     fake_nbd_restart(s);
 }
 
+void fake_nbd_open(struct fake_nbd *s, uint64_t size)
+{
+    const char *folder = getenv("TEST_DIRECTORY") ? getenv("TEST_DIRECTORY") : "/tmp";
+
+    memset(s, 0, sizeof(*s));
+    /* Names of sockets are short, and those of test folders long. */
+    snprintf(s->path, sizeof(s->path), "%.60s/nbd-%d", strlen(folder) < 60 ? folder : "/tmp", (int)getpid());
+    set_up(s, size);
+}
+
+void fake_nbd_open_tcp(struct fake_nbd *s, uint64_t size)
+{
+    memset(s, 0, sizeof(*s));
+    s->address = (struct sockaddr_in){ .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+    s->receive_bytes = 4096;
+    set_up(s, size);
+}
+
+static uint32_t pumps(struct fake_nbd *s)
+{
+    pthread_mutex_lock(&s->lock);
+    uint32_t count = s->pumps;
+
+    pthread_mutex_unlock(&s->lock);
+    return count;
+}
+
 void fake_nbd_kill(struct fake_nbd *s)
 {
     store_relaxed(&s->stopping, true);
     shutdown(s->listener, SHUT_RDWR);
     pthread_join(s->thread, NULL);
     close(s->listener);
-    unlink(s->path);
+    if (s->path[0])
+        unlink(s->path);
     pthread_mutex_lock(&s->lock);
     for (int i = 0; i < FAKE_CONNECTIONS; i++)
         if (s->sockets[i] >= 0)
             shutdown(s->sockets[i], SHUT_RDWR);
     pthread_mutex_unlock(&s->lock);
-    for (bool alive = true; alive;) {
+    while (fake_nbd_alive(s) || pumps(s))
         harness_breathe();
-        pthread_mutex_lock(&s->lock);
-        alive = s->alive;
-        pthread_mutex_unlock(&s->lock);
-    }
 }
 
 void fake_nbd_cut(struct fake_nbd *s, uint32_t number)
@@ -446,6 +376,34 @@ void fake_nbd_cut(struct fake_nbd *s, uint32_t number)
     pthread_mutex_lock(&s->lock);
     shutdown(s->sockets[number], SHUT_RDWR);
     pthread_mutex_unlock(&s->lock);
+}
+
+void fake_nbd_babble(struct fake_nbd *s, uint32_t number)
+{
+    static const uint8_t nonsense[NBD_SIMPLE_BYTES]; /* all of it is read: bytes left behind would reset the connection */
+
+    pthread_mutex_lock(&s->lock);
+    CHECK(fake_nbd_give(s->sockets[number], nonsense, sizeof(nonsense)));
+    pthread_mutex_unlock(&s->lock);
+}
+
+uint32_t fake_nbd_alive(struct fake_nbd *s)
+{
+    pthread_mutex_lock(&s->lock);
+    uint32_t alive = s->alive;
+
+    pthread_mutex_unlock(&s->lock);
+    return alive;
+}
+
+uint32_t fake_nbd_unread(struct fake_nbd *s, uint32_t number)
+{
+    int bytes = 0;
+
+    pthread_mutex_lock(&s->lock);
+    CHECK(!ioctl(s->sockets[number], FIONREAD, &bytes));
+    pthread_mutex_unlock(&s->lock);
+    return (uint32_t)bytes;
 }
 
 void fake_nbd_close(struct fake_nbd *s)
@@ -456,5 +414,8 @@ void fake_nbd_close(struct fake_nbd *s)
 
 struct vd_nbd_config fake_nbd_config(const struct fake_nbd *s)
 {
-    return (struct vd_nbd_config){ .socket = s->path, .export_name = "disk" };
+    static const char host[] = "fake.example", service[] = "10809"; /* fake_lookup.h knows where that is */
+
+    return s->path[0] ? (struct vd_nbd_config){ .socket = s->path, .export_name = "disk" }
+                      : (struct vd_nbd_config){ .host = host, .service = service, .export_name = "disk" };
 }

@@ -3,6 +3,8 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
+#include "fake_tls.h"
+
 enum { UNIT = 4096, TOGETHER = 24, PIECE_MAX = 16 };
 
 static char reason[160];
@@ -17,12 +19,13 @@ void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan)
     rig->plan = plan;
     rig->image_fd = -1;
     rig->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    config = fake_nbd_config(s);
+    config = s->tls_version ? fake_tls_config(s) : fake_nbd_config(s);
     rig->config = (struct vd_config){
         .max_queues = plan.queues,
         .block_size_bytes = 512,
         .capacity_bytes = plan.capacity,
         .read_only = plan.read_only,
+        .away_ms = plan.away_ms,
         .event_fd = rig->event_fd,
         .serial = "remote",
         .backend = "nbd",
@@ -34,6 +37,13 @@ void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan)
 void nbd_rig_open(struct rig *rig, struct fake_nbd *s, struct plan plan)
 {
     nbd_rig_plan(rig, s, plan);
+    nbd_rig_start(rig);
+}
+
+void nbd_rig_start(struct rig *rig)
+{
+    const struct plan plan = rig->plan;
+
     CHECK_EQUAL(vd_engine_new(&rig->config, &rig->engine), 0);
     driver_open(&rig->driver, 16 * MIB, 2, 0x10000, 0x1000000);
     CHECK_EQUAL(vd_engine_set_regions(rig->engine, rig->driver.regions, rig->driver.region_count), 0);

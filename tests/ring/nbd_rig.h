@@ -9,6 +9,8 @@
 
 /* Fill in the configuration; no engine yet. */
 void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan);
+/* Of what was planned: engine and queues. */
+void nbd_rig_start(struct rig *rig);
 void nbd_rig_open(struct rig *rig, struct fake_nbd *s, struct plan plan);
 
 /*

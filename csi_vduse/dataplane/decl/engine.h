@@ -53,13 +53,14 @@ struct vd_nbd_config {
     const char *psk_identity; /* empty: the file's first */
     const char *tls_hostname; /* empty: host */
     int write_through;        /* FUA with all that changes something, whether the driver can flush or not */
+    uint32_t tls_records;     /* so many are sent with the same keys at most; 0: as many as AES-GCM is good for */
     int wait;                 /* do not connect at open: the server may be away, and requests wait for it */
 };
 
 struct vd_config {
     uint32_t max_queues;
     uint32_t block_size_bytes;
-    uint64_t capacity_bytes;
+    uint64_t capacity_bytes;  /* 0: said later (vd_engine_set_capacity) */
     int read_only;
     int event_fd;             /* eventfd written when a queue faults or a request fails; -1: none */
     const char *serial;       /* answer to GET_ID, cut to 20 bytes */
@@ -96,12 +97,14 @@ struct vd_backend_info {
     int direct;               /* requests bypass the page cache */
     int discard;              /* DISCARD and WRITE_ZEROES can be offered */
     uint64_t capacity_bytes;  /* what the backend holds; 0: any, or not known yet */
+    uint64_t said_bytes;      /* with an end that is no whole block of the backend's, and not used; 0: there is none */
     struct vd_backend_status status;
 };
 
 /* What a server says of an export. */
 struct vd_nbd_info {
-    uint64_t size_bytes;
+    uint64_t size_bytes;      /* of whole blocks */
+    uint64_t said_bytes;      /* of all of it */
     uint32_t min_block_bytes;
     uint32_t max_payload_bytes;
     uint32_t flags;           /* NBD transmission flags */

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,80 +14,34 @@ from hypothesis import strategies as st
 from csi_vduse.dataplane import nbd_config
 from csi_vduse.dataplane.backend_spec import NbdBackend, NbdTls
 from csi_vduse.errors import NotFound, PermissionDenied, ProtocolError, Unavailable, VduseError
-
-GREETING = b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
-MAGIC = 0x3E889045565A9
-ACK, INFO, UNSUP, TLS_REQUIRED, UNKNOWN = 1, 3, 1 | 1 << 31, 5 | 1 << 31, 6 | 1 << 31
-EXPORT_NAME, STARTTLS, GO, STRUCTURED, EXTENDED = 1, 5, 7, 8, 11
-FLAGS = 0x1ED
-MIB = 1 << 20
-
-Script = Callable[[socket.socket], None]
-
-
-@contextlib.contextmanager
-def served(folder: Path, script: Script) -> Iterator[NbdBackend]:
-    path = folder / "s"
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-
-        def serve() -> None:
-            with contextlib.suppress(OSError), listener.accept()[0] as connection:
-                connection.settimeout(10)
-                script(connection)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield NbdBackend(f"nbd+unix:///disk?socket={path}")
-        finally:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
+from tests.unit.fakes.nbd import (
+    ABORT,
+    ACK,
+    EXPORT_NAME,
+    EXTENDED,
+    FLAGS,
+    GO,
+    GREETING,
+    INFO,
+    MAGIC,
+    MIB,
+    STARTTLS,
+    STRUCTURED,
+    TLS_REQUIRED,
+    UNKNOWN,
+    UNSUP,
+    answering,
+    export,
+    option,
+    receive,
+    reply,
+    served,
+    sizes,
+)
 
 
 def probe(backend: NbdBackend, timeout_s: float = 10) -> nbd_config.NbdExport:
     return nbd_config.probe(backend, timeout_s=timeout_s)
-
-
-def receive(connection: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        piece = connection.recv(length - len(data))
-        if not piece:
-            raise ConnectionResetError
-        data += piece
-    return data
-
-
-def option(connection: socket.socket) -> tuple[int, bytes]:
-    _, number, length = struct.unpack(">QII", receive(connection, 16))
-    return number, receive(connection, length)
-
-
-def reply(number: int, kind: int, data: bytes = b"") -> bytes:
-    return struct.pack(">QIII", MAGIC, number, kind, len(data)) + data
-
-
-def export(size: int = MIB, flags: int = FLAGS) -> bytes:
-    return reply(GO, INFO, struct.pack(">HQH", 0, size, flags))
-
-
-def sizes(minimum: int, preferred: int, maximum: int) -> bytes:
-    return reply(GO, INFO, struct.pack(">HIII", 3, minimum, preferred, maximum))
-
-
-def answering(answers: dict[int, bytes]) -> Script:
-    def script(connection: socket.socket) -> None:
-        connection.sendall(GREETING)
-        receive(connection, 4)
-        while True:
-            number, _ = option(connection)
-            connection.sendall(answers.get(number, reply(number, UNSUP, b"no such thing")))
-
-    return script
 
 
 def test_an_export_is_what_the_server_says(tmp_path: Path):
@@ -166,7 +118,7 @@ def test_nobody_there_is_unavailable(tmp_path: Path):
         probe(NbdBackend(f"nbd+unix:///?socket={tmp_path}/nobody"))
 
 
-def test_without_tls_nothing_is_said_to_a_server_that_was_to_have_it(tmp_path: Path):
+def test_without_tls_nothing_but_goodbye_is_said_to_a_server_that_was_to_have_it(tmp_path: Path):
     seen = []
 
     def script(connection: socket.socket) -> None:
@@ -178,7 +130,7 @@ def test_without_tls_nothing_is_said_to_a_server_that_was_to_have_it(tmp_path: P
 
     with served(tmp_path, script) as backend, pytest.raises(PermissionDenied, match="does not offer TLS"):
         probe(NbdBackend(backend.uri.replace("nbd+", "nbds+"), NbdTls(certificates=tmp_path)))
-    assert seen == [STARTTLS]
+    assert seen == [STARTTLS, ABORT]
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -26,6 +26,12 @@ TLS = NbdTls(certificates=Path("/pki"))
         ("nbds://alice@h/x%20y%3F", NbdAddress("h", 10809, None, "x y?", tls=True, identity="alice")),
         ("nbd+unix:///d?socket=/run/a%20b", NbdAddress("", 0, Path("/run/a b"), "d", tls=False, identity="")),
         ("nbds+unix:///?socket=/s", NbdAddress("", 0, Path("/s"), "", tls=True, identity="")),
+        ("NBD://Host/Disk", NbdAddress("host", 10809, None, "Disk", tls=False, identity="")),
+        ("NBDS+Unix:///?socket=/s", NbdAddress("", 0, Path("/s"), "", tls=True, identity="")),
+        ("nbd://my%2Dhost/e", NbdAddress("my-host", 10809, None, "e", tls=False, identity="")),
+        ("nbd://%4dy_host:1/e", NbdAddress("my_host", 1, None, "e", tls=False, identity="")),
+        ("nbd://[fe80::1%25eth0]/e", NbdAddress("fe80::1%eth0", 10809, None, "e", tls=False, identity="")),
+        ("nbd://[FE80::1%25Eth%2D0]:7/e", NbdAddress("fe80::1%Eth-0", 7, None, "e", tls=False, identity="")),
     ],
 )
 def test_a_uri_says_where_the_export_is(uri: str, address: NbdAddress):
@@ -56,6 +62,13 @@ def test_a_uri_says_where_the_export_is(uri: str, address: NbdAddress):
         f"nbd://host/{'x' * 4097}",
         "nbd://host/?unknown=1",
         "nbd://[::1/",
+        "nbd://my%2Fhost/",
+        "nbd://my%00host/",
+        "nbd://my%host/",
+        "nbd://my%20host/",
+        "nbd://%3A%3A1/",
+        "nbd://[fe80::1%25]/",
+        "nbd://[fe80::1%25a%2Fb]/",
     ],
 )
 def test_what_is_no_nbd_uri_is_refused(uri: str):

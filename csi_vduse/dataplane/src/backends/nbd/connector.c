@@ -10,14 +10,11 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <netdb.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "nbd.h"
@@ -30,91 +27,7 @@ enum {
     SETTLE_MS = 100,
     RETRY_MAX_MS = 5000,
     ATTEMPT_MS = 10000,
-    KEEPALIVE_IDLE_S = 10,
-    KEEPALIVE_INTERVAL_S = 5,
-    KEEPALIVE_PROBES = 3,
-    USER_TIMEOUT_MS = 30000,
 };
-
-void nbd_link_close(struct nbd_link *link)
-{
-    if (link->ssl) {
-        (void)SSL_shutdown(link->ssl); /* says good-bye if it can; Python has SIGPIPE ignored */
-        SSL_free(link->ssl);
-    }
-    if (link->fd >= 0)
-        close(link->fd);
-    link->ssl = NULL;
-    link->fd = -1;
-}
-
-/* The kernel gives a peer up that is gone without a word: idle or with data of ours under way. */
-static void set_options(int fd)
-{
-    const int options[][3] = {
-        { IPPROTO_TCP, TCP_NODELAY, 1 },
-        { SOL_SOCKET, SO_KEEPALIVE, 1 },
-        { IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_S },
-        { IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S },
-        { IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES },
-        { IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS },
-    };
-
-    for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++)
-        (void)setsockopt(fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
-}
-
-static int connect_to(struct nbd_stream *s, const struct sockaddr *address, socklen_t length, int family)
-{
-    int error;
-
-    s->fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (s->fd < 0)
-        return -errno;
-    if (family != AF_UNIX)
-        set_options(s->fd);
-    error = nbd_stream_connect(s, address, length);
-    if (error) {
-        close(s->fd);
-        s->fd = -1;
-    }
-    return error;
-}
-
-static int connect_unix(struct nbd_stream *s, const char *path)
-{
-    struct sockaddr_un address = { .sun_family = AF_UNIX };
-
-    if (strlen(path) >= sizeof(address.sun_path))
-        return -ENAMETOOLONG;
-    strcpy(address.sun_path, path);
-    return connect_to(s, (const struct sockaddr *)&address, sizeof(address), AF_UNIX);
-}
-
-static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char *reason)
-{
-    struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
-    int error = getaddrinfo(target->host, target->service, &hints, &found);
-    uint64_t left = 0;
-
-    if (error) {
-        snprintf(reason, NBD_REASON_BYTES, "host %.60s: %s", target->host, gai_strerror(error));
-        return -EHOSTUNREACH;
-    }
-    error = -EHOSTUNREACH;
-    for (struct addrinfo *each = found; each; each = each->ai_next)
-        left++;
-    for (struct addrinfo *each = found; each && error && error != -ECANCELED; each = each->ai_next) {
-        uint64_t now = now_ns();
-
-        s->deadline_ns = now + timeout_ns / left--; /* one that is silent must not cost the others their chance */
-        error = connect_to(s, each->ai_addr, each->ai_addrlen, each->ai_family);
-        timeout_ns -= at_most(timeout_ns, now_ns() - now);
-    }
-    s->deadline_ns = now_ns() + timeout_ns;
-    freeaddrinfo(found);
-    return error;
-}
 
 /* Smaller ones than a sector are all the same to us. */
 static uint32_t block_of(uint32_t min_block)
@@ -150,27 +63,28 @@ static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
     return 0;
 }
 
-int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
+static int connect_once(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
 {
     uint64_t timeout_ns = timeout_ms * 1000000;
-    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns };
+    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns,
+                            .any_tls = n->any_tls };
     int error;
 
     reason[0] = 0;
-    error = n->target.socket[0] ? connect_unix(&s, n->target.socket) : connect_tcp(&s, &n->target, timeout_ns, reason);
-    if (error) {
-        if (!reason[0])
-            snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
+    error = nbd_dial(&s, &n->target, timeout_ns, reason);
+    if (error)
         return error == -ECANCELED ? error : -ECONNREFUSED; /* what else the numbers say is said of an export */
-    }
     error = nbd_negotiate(&s, &n->target, &link->export, reason);
     if (!error)
         error = check_fit(n, &link->export, reason);
     link->fd = s.fd;
     link->ssl = s.ssl;
     link->tls = s.ssl;
+    link->phase = s.phase;
+    link->records = 0;
+    link->kernel_tls = s.ssl && nbd_tls_uses_kernel(s.ssl);
     if (error) {
-        nbd_link_close(link);
+        nbd_leave(link, 0);
         return error;
     }
     /* io_uring waits for a socket that blocks, and says "again" for one that does not. */
@@ -180,6 +94,16 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
         (void)fcntl(link->fd, F_SETFL, fcntl(link->fd, F_GETFL) & ~O_NONBLOCK);
     }
     return 0;
+}
+
+int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
+{
+    int error = connect_once(n, timeout_ms, link, reason);
+
+    if (error != -EPROTONOSUPPORT)
+        return error;
+    n->any_tls = true; /* and the kernel does not do it */
+    return connect_once(n, timeout_ms, link, reason);
 }
 
 static void say(struct nbd *n, enum vd_backend_state state, const char *reason)
@@ -200,9 +124,17 @@ static bool is_refusal(int error)
            error == -EMLINK || error == -EINVAL;
 }
 
+/* For the number-th time of the same: each one takes twice as long. */
+static uint64_t settled_after(uint32_t number)
+{
+    uint64_t ms = (uint64_t)SETTLE_MS << (number < 16 ? number : 16);
+
+    return now_ns() + at_most(ms, RETRY_MAX_MS) * 1000000;
+}
+
 static uint64_t settled(void)
 {
-    return now_ns() + SETTLE_MS * 1000000ull;
+    return settled_after(0);
 }
 
 /* End the connections of abandoned queues, whose threads may not have come to it yet; with the lock held. */
@@ -211,7 +143,7 @@ static void end_abandoned(struct nbd *n)
     for (struct nbd_queue *each = n->queues; each; each = each->next_queue) {
         if (!load_relaxed(&each->queue->abandoned) || each->ended || each->link.fd < 0)
             continue;
-        shutdown(each->link.fd, SHUT_RDWR);
+        nbd_cut(&each->link);
         each->ended = true;
         n->settle_until_ns = settled();
     }
@@ -246,7 +178,7 @@ static bool hand_over(struct nbd *n, struct nbd_link *link)
     struct nbd_queue *nq = next_in_line(n, &when_ns);
 
     if (!nq || when_ns > now_ns()) {
-        nbd_link_close(link);
+        nbd_leave(link, 0);
         return false;
     }
     say(n, VD_BACKEND_CONNECTED, "");
@@ -255,6 +187,37 @@ static bool hand_over(struct nbd *n, struct nbd_link *link)
     store_release(&nq->ready, true);
     vd_queue_wake(nq->queue);
     return true;
+}
+
+/* The server has not ended it while nobody looked. */
+static bool is_whole(const struct nbd_link *link)
+{
+    struct pollfd polled = { .fd = link->fd, .events = POLLRDHUP };
+
+    return poll(&polled, 1, 0) == 0;
+}
+
+/* For a queue that starts, if there may be one; with the lock held. */
+static void keep(struct nbd *n, struct nbd_link *link)
+{
+    if (n->closing || n->spares == VD_QUEUES_MAX || link->export.size_bytes < n->needed_bytes)
+        nbd_leave(link, 0);
+    else
+        n->spare[n->spares++] = *link;
+    link->ssl = NULL;
+    link->fd = -1;
+}
+
+void nbd_clear_spares(struct nbd *n, uint64_t size_bytes)
+{
+    uint32_t kept = 0;
+
+    for (uint32_t i = 0; i < n->spares; i++)
+        if (n->spare[i].export.size_bytes < size_bytes)
+            nbd_leave(&n->spare[i], 0);
+        else
+            n->spare[kept++] = n->spare[i];
+    n->spares = kept;
 }
 
 /* Wait until a moment, or until the backend closes; with the lock held. */
@@ -284,10 +247,12 @@ void *nbd_connector_run(void *argument)
             pthread_cond_wait(&n->changed, &n->lock);
             continue;
         }
-        if (now && n->spare.fd >= 0) {
-            link = n->spare;
-            n->spare = (struct nbd_link){ .fd = -1 };
-            hand_over(n, &link);
+        if (now && n->spares) {
+            link = n->spare[--n->spares];
+            if (is_whole(&link))
+                hand_over(n, &link);
+            else
+                nbd_link_close(&link);
             continue;
         }
         if (!now && !n->looking) {
@@ -304,7 +269,7 @@ void *nbd_connector_run(void *argument)
         pthread_mutex_lock(&n->lock);
         if (n->closing) {
             if (!error)
-                nbd_link_close(&link);
+                nbd_leave(&link, 0);
             break;
         }
         if (look && n->looking) {
@@ -340,7 +305,7 @@ void nbd_want(struct nbd_queue *nq)
     n->wanting = nq;
     nq->asked = true;
     if (nq->why || nq->queue->ring.replay_left)
-        nq->settle_until_ns = settled();
+        nq->settle_until_ns = settled_after(nq->suspect ? nq->suspected - 1 : 0);
     if (nq->why)
         say(n, VD_BACKEND_CONNECTING, nq->why);
     pthread_cond_broadcast(&n->changed);
@@ -372,6 +337,13 @@ void nbd_let_go(struct nbd_queue *nq)
     pthread_mutex_unlock(&nq->nbd->lock);
 }
 
+void nbd_leave_behind(struct nbd_queue *nq)
+{
+    pthread_mutex_lock(&nq->nbd->lock);
+    keep(nq->nbd, &nq->link);
+    pthread_mutex_unlock(&nq->nbd->lock);
+}
+
 void nbd_want_no_more(struct nbd_queue *nq)
 {
     struct nbd *n = nq->nbd;
@@ -379,7 +351,7 @@ void nbd_want_no_more(struct nbd_queue *nq)
     pthread_mutex_lock(&n->lock);
     remove_wanting(n, nq);
     if (nq->ready)
-        nbd_link_close(&nq->fresh);
+        keep(n, &nq->fresh);
     nq->ready = nq->asked = false;
     pthread_mutex_unlock(&n->lock);
 }

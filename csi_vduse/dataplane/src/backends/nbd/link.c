@@ -2,13 +2,18 @@
  * A queue's connection in use. The queue's thread runs all of it.
  *
  *   DOWN      no connection: the connector was asked for one, requests wait
- *   UP        commands are sent and answered; answered only, if the volume has become larger than its server said
+ *   UP        commands are sent and answered; answered only, if the volume has become larger than its server said, or if
+ *             enough has been encrypted with the connection's keys
  *   CLOSING   lost: shut down, and closed as soon as the kernel has let go of our buffers
  *
  * Kept true: a request that was taken from the driver is in one of the lists, waiting or sent, until it is answered.
  * After a loss all that was sent waits again, in the order in which it was sent first, in front of what has not been sent. Reads,
  * writes, zeroes and discards may be done twice; what was not answered has no order towards each other, and a FLUSH covers
  * only what was answered before it came, so the order of sending is enough.
+ *
+ * A request whose server hangs up because of it would be sent again and again, and nothing behind it be done. So what waits longest
+ * for an answer is suspected when the server hangs up; from the second time on it is sent alone, ever more slowly, and if it is
+ * alone to blame, it fails: after HANG_UPS, and not before a server that fails is taken for one that does not come back.
  */
 #include <errno.h>
 #include <poll.h>
@@ -18,10 +23,7 @@
 #include "nbd.h"
 #include "secure.h"
 
-const char *nbd_why(int error)
-{
-    return error == -ESHUTDOWN ? "the server is shutting down" : "the server broke the protocol";
-}
+enum { HANG_UPS = 5 };
 
 int nbd_queue_open(struct vd_queue *q)
 {
@@ -54,13 +56,33 @@ static bool is_busy(const struct nbd_queue *nq)
     return nq->sending || nq->receiving || nq->watching;
 }
 
+/* Nothing is under way on its connection, and nothing was left half done: another queue can go on with it. */
+static bool is_idle(const struct nbd_queue *nq)
+{
+    return nq->state == NBD_UP && !load_relaxed(&nq->queue->abandoned) && !nq->sent.first && !nq->sending && !nq->receiving &&
+           !nq->in_payload && !nq->header_have && nq->send_first == nq->send_count && nq->tls_sent == nq->tls_have;
+}
+
+static void stop_watching(struct nbd_queue *nq)
+{
+    struct io_uring_sqe *sqe;
+
+    if (!nq->watching)
+        return;
+    sqe = vd_queue_sqe(nq->queue, NULL);
+    io_uring_prep_cancel(sqe, nbd_tag(nq, NBD_WATCH), 0);
+    io_uring_sqe_set_data(sqe, NULL);
+}
+
 void nbd_queue_close(struct vd_queue *q)
 {
     struct nbd_queue *nq = q->backend;
 
     nbd_want_no_more(nq);
-    if (nq->link.fd >= 0)
-        shutdown(nq->link.fd, SHUT_RDWR);
+    if (is_idle(nq))
+        stop_watching(nq);
+    else if (nq->link.fd >= 0 && nq->state == NBD_UP)
+        nbd_cut(&nq->link);
     while (is_busy(nq)) {
         struct io_uring_cqe *cqe;
         unsigned head, n = 0;
@@ -73,6 +95,8 @@ void nbd_queue_close(struct vd_queue *q)
         }
         io_uring_cq_advance(&q->uring, n);
     }
+    if (is_idle(nq))
+        nbd_leave_behind(nq);
     nbd_let_go(nq);
     nbd_unregister(nq);
     store_relaxed(&q->stats->remote.connected, 0);
@@ -93,7 +117,61 @@ void nbd_lost(struct nbd_queue *nq, const char *why)
     nq->state = NBD_CLOSING;
     nq->broken = true;
     nq->why = why;
-    shutdown(nq->link.fd, SHUT_RDWR);
+    if (why) {
+        nbd_cut(&nq->link);
+        return;
+    }
+    nbd_say_goodbye(&nq->link);
+    (void)shutdown(nq->link.fd, SHUT_RDWR); /* what waits for the server has nothing to wait for */
+}
+
+void nbd_broke(struct nbd_queue *nq, int result)
+{
+    const char *why = result == -EFAULT      ? "the driver's memory is gone"
+                      : result == -ETIMEDOUT ? "the server does not answer any more"
+                                             : "the server closed the connection";
+    bool closed = !result || result == -ECONNRESET || result == -EPIPE;
+
+    if (nq->state == NBD_UP && nq->link.tls && !nq->link.ssl && (result == -EIO || result == -EKEYEXPIRED))
+        why = nbd_tls_interruption(nq->link.fd, &closed);
+    if (result == -EFAULT) /* there is no end of sending again what is not there */
+        vd_queue_fault(nq->queue, VD_FAULT_MEMORY);
+    if (nq->state == NBD_UP)
+        nq->hung_up = closed;
+    nbd_lost(nq, why);
+}
+
+void nbd_misunderstood(struct nbd_queue *nq, int error)
+{
+    if (nq->state == NBD_UP)
+        nq->hung_up = error != -ESHUTDOWN;
+    nbd_lost(nq, error == -ESHUTDOWN ? "the server is shutting down" : "the server broke the protocol");
+}
+
+bool nbd_one_by_one(const struct nbd_queue *nq)
+{
+    return nq->suspect && nq->suspected > 1;
+}
+
+void nbd_unsuspect(struct nbd_queue *nq, const struct nbd_slot *slot)
+{
+    if (nq->suspect == slot)
+        nq->suspect = NULL;
+}
+
+/* The server hung up: of whose command? */
+static void suspect(struct nbd_queue *nq)
+{
+    struct nbd_slot *oldest = nq->sent.first;
+
+    if (!nq->hung_up || !oldest)
+        return;
+    if (nq->suspect != oldest) {
+        nq->suspect = oldest;
+        nq->suspected = 0;
+        nq->suspected_since_ns = now_ns();
+    }
+    nq->suspected++;
 }
 
 /* Everything that was sent is to be sent again, first and in the same order. */
@@ -121,11 +199,24 @@ static void take_back(struct nbd_queue *nq)
 static void close_lost(struct nbd_queue *nq)
 {
     nbd_let_go(nq);
+    suspect(nq);
     take_back(nq);
     nq->state = NBD_DOWN;
-    nq->broken = false;
+    nq->broken = nq->hung_up = false;
     store_relaxed(&nq->queue->stats->remote.connected, 0);
     count_up(&nq->queue->stats->remote.losses, nq->why != NULL);
+}
+
+/* The suspect has had its chances. */
+static void convict(struct nbd_queue *nq)
+{
+    struct nbd_slot *slot = nq->suspect;
+    uint64_t away_ns = (uint64_t)nq->queue->engine->config.away_ms * 1000000;
+
+    if (!slot || nq->suspected < HANG_UPS || now_ns() - nq->suspected_since_ns < away_ns)
+        return;
+    nbd_remove(&nq->waiting, slot);
+    nbd_finish(nq, slot, EIO);
 }
 
 /* Nobody waits for the requests any more. */
@@ -162,17 +253,36 @@ static bool is_outgrown(const struct nbd_queue *nq)
     return nq->link.export.size_bytes < load_relaxed(&nq->nbd->needed_bytes);
 }
 
+void nbd_count_records(struct nbd_queue *nq, size_t bytes, size_t pieces)
+{
+    if (nq->link.tls)
+        nq->link.records += 1 + bytes / NBD_RECORD_BYTES + pieces / NBD_RECORD_PIECES;
+}
+
+/*
+ * Keys are good for so many records. They are not changed on the connection: a kernel that encrypts for us cannot, or not before
+ * Linux 6.14.
+ */
+static bool is_worn(const struct nbd_queue *nq)
+{
+    uint32_t most = nq->nbd->target.tls_records;
+
+    return nq->link.records >= (most ? most : NBD_RECORDS_MAX);
+}
+
 void nbd_turn(struct vd_queue *q)
 {
     struct nbd_queue *nq = q->backend;
-    bool outgrown;
+    bool over;
 
-    if (load_relaxed(&q->abandoned)) {
+    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY || nbd_memory_lost(nq)) {
         give_up(nq);
         return;
     }
-    if (nq->state == NBD_CLOSING && !is_busy(nq))
+    if (nq->state == NBD_CLOSING && !is_busy(nq)) {
         close_lost(nq);
+        convict(nq);
+    }
     if (nq->state == NBD_DOWN) {
         if (!nq->asked)
             nbd_want(nq);
@@ -186,12 +296,12 @@ void nbd_turn(struct vd_queue *q)
     }
     if (nq->state != NBD_UP)
         return;
-    outgrown = is_outgrown(nq);
-    if (outgrown && !nq->sent.first) {
+    over = is_outgrown(nq) || is_worn(nq);
+    if (over && !nq->sent.first) {
         nbd_lost(nq, NULL);
         return;
     }
-    if (!outgrown)
+    if (!over)
         nbd_send(nq); /* else what waits is sent on the next connection, as soon as this one has nothing to answer */
     nbd_receive(nq);
 }
@@ -220,8 +330,10 @@ void nbd_event(struct vd_queue *q, void *data, int result)
         return;
     default:
         nq->watching = false;
+        if (result == -ECANCELED)
+            return; /* by ourselves */
         /* What the server answered before it went can still be read, and the read finds the end. */
         if (!nq->receiving)
-            nbd_lost(nq, "the server closed the connection");
+            nbd_broke(nq, 0);
     }
 }

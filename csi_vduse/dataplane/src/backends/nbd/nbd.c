@@ -12,7 +12,7 @@
 
 #include "nbd.h"
 
-enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000 };
+enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000, LEAVE_MS = 500, FORGET_MS = 500, FORGET_STEP_MS = 50 };
 
 static char *copy(const char *text)
 {
@@ -31,7 +31,7 @@ static void free_target(struct nbd_target *t)
 static int copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
 {
     *t = (struct nbd_target){ copy(c->host), copy(c->service), copy(c->socket), copy(c->export_name), c->tls, c->write_through,
-                              copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
+                              c->tls_records, copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
     if (t->host && t->service && t->socket && t->export && t->certificates && t->psk_file && t->psk_identity &&
         t->tls_hostname)
         return 0;
@@ -68,7 +68,7 @@ static void nbd_close(void *state)
 
     if (!stop_connector(n))
         return;
-    nbd_link_close(&n->spare);
+    nbd_clear_spares(n, UINT64_MAX);
     if (n->cancel_fd >= 0)
         close(n->cancel_fd);
     free_target(&n->target);
@@ -90,7 +90,6 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
     }
     n->config = *config;
     n->needed_bytes = config->capacity_bytes;
-    n->spare.fd = -1;
     pthread_mutex_init(&n->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -106,6 +105,20 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
     return 0;
 }
 
+/*
+ * Who opens an export has perhaps just asked what it is: servers that count their clients take a moment to forget one that
+ * has left.
+ */
+static int connect_patiently(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char *reason)
+{
+    uint64_t until_ns = now_ns() + FORGET_MS * 1000000ull;
+    int error;
+
+    while ((error = nbd_connect(n, timeout_ms, link, reason)) == -ECONNRESET && now_ns() < until_ns)
+        usleep(FORGET_STEP_MS * 1000);
+    return error;
+}
+
 static int nbd_open(const struct vd_config *config, void **state)
 {
     char reason[NBD_REASON_BYTES] = "";
@@ -115,9 +128,10 @@ static int nbd_open(const struct vd_config *config, void **state)
     if (error)
         return error;
     if (!config->nbd->wait)
-        error = nbd_connect(n, OPEN_MS, &n->spare, reason);
+        error = connect_patiently(n, OPEN_MS, &n->spare[0], reason);
     if (!error && !config->nbd->wait) {
-        n->export = n->spare.export;
+        n->spares = 1;
+        n->export = n->spare[0].export;
         n->status.connects = 1;
         n->status.state = VD_BACKEND_CONNECTED;
     }
@@ -142,6 +156,7 @@ static void nbd_info(void *state, struct vd_backend_info *info)
     info->direct = 1;
     info->discard = 1;
     info->capacity_bytes = n->export.size_bytes;
+    info->said_bytes = n->export.said_bytes;
     info->status = n->status;
     pthread_mutex_unlock(&n->lock);
 }
@@ -150,14 +165,13 @@ static void nbd_info(void *state, struct vd_backend_info *info)
 static void need(struct nbd *n, uint64_t capacity_bytes)
 {
     store_relaxed(&n->needed_bytes, capacity_bytes);
-    if (n->spare.fd >= 0 && n->spare.export.size_bytes < capacity_bytes)
-        nbd_link_close(&n->spare);
+    nbd_clear_spares(n, capacity_bytes);
     for (struct nbd_queue *each = n->queues; each; each = each->next_queue)
         vd_queue_wake(each->queue);
 }
 
 /*
- * The size is said in the handshake only: shake hands once more. Not here: the control thread may be kept for a moment, and
+ * The size is said in the handshake only: shake hands once more, unless nobody has asked yet since open did. Not here: the control thread may be kept for a moment, and
  * looking up a name may take minutes.
  */
 static int nbd_resize(void *state, uint64_t capacity_bytes)
@@ -167,8 +181,8 @@ static int nbd_resize(void *state, uint64_t capacity_bytes)
     int error = 0;
 
     pthread_mutex_lock(&n->lock);
-    n->looking = true;
-    n->look_error = -ETIMEDOUT;
+    n->looking = n->needed_bytes || !n->export.size_bytes;
+    n->look_error = n->looking ? -ETIMEDOUT : 0;
     pthread_cond_broadcast(&n->changed);
     while (n->looking && !error)
         error = pthread_cond_timedwait(&n->changed, &n->lock, &until);
@@ -191,12 +205,13 @@ int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct
 
     if (error)
         return error;
-    error = nbd_connect(n, timeout_ms, &link, reason);
+    error = connect_patiently(n, timeout_ms, &link, reason);
     nbd_close(n);
     if (error)
         return error;
     *info = (struct vd_nbd_info){
         .size_bytes = link.export.size_bytes,
+        .said_bytes = link.export.said_bytes,
         .min_block_bytes = link.export.min_block,
         .max_payload_bytes = link.export.max_payload,
         .flags = link.export.flags,
@@ -204,7 +219,7 @@ int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct
         .extended = link.export.extended,
         .tls_in_kernel = config->tls && !link.ssl,
     };
-    nbd_link_close(&link);
+    nbd_leave(&link, LEAVE_MS);
     return 0;
 }
 

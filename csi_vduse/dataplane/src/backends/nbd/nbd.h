@@ -3,9 +3,11 @@
  *
  *   nbd.c         the backend as the engine sees it: open, close, info
  *   connector.c   one thread of the backend: makes connections, again and again, and hands them to queues
+ *   dial.c        a socket to the server
  *   negotiate.c   a fresh socket becomes a connection: the protocol's handshake
  *   stream.c      bytes through a socket, plain or TLS, with a deadline
  *   link.c        a queue's connection in use: states, loss, and replay
+ *   goodbye.c     how a connection ends: dropped, or with a goodbye
  *   send.c        requests into the socket, many in one system call
  *   receive.c     replies out of the socket, straight into the driver's buffers
  *   reply.c       one reply's header: read and checked
@@ -31,9 +33,15 @@ enum {
     NBD_PREDICTED_MAX = 32,       /* replies whose place is prepared before they are here */
     NBD_SPILL_BYTES = 256 * 1024, /* what may have to be put elsewhere because it was not what was predicted */
     NBD_TLS_BYTES = 64 * 1024,
+    NBD_RECORD_BYTES = 16384,     /* of a TLS record at most (RFC 8446, 5.1) */
+    NBD_RECORD_PIECES = 16,       /* of memory, that the kernel puts into one at most */
+    NBD_RECORDS_MAX = 1 << 24,    /* to be sent with the same keys: AES-GCM is good for 2^24.5 (RFC 8446, 5.5) */
     NBD_BLOCK_MAX = 64 * 1024,    /* smallest unit of a server, the largest that we take */
     NBD_COOKIE_SHIFT = 16,        /* a command's number; below it the slot's */
 };
+
+/* Which goodbye the server would understand now. */
+enum nbd_phase { NBD_MUTE, NBD_HAGGLING, NBD_SERVED };
 
 /* A socket with a deadline; ssl is NULL when the bytes in it are plain, or the kernel's TLS makes them so. */
 struct nbd_stream {
@@ -41,11 +49,14 @@ struct nbd_stream {
     SSL *ssl;
     int cancel_fd;       /* readable: give up */
     uint64_t deadline_ns;
+    enum nbd_phase phase;
+    bool any_tls;        /* not only what OpenSSL can give to the kernel */
 };
 
 /* What the server says of the export. */
 struct nbd_export {
-    uint64_t size_bytes;
+    uint64_t size_bytes; /* of whole blocks */
+    uint64_t said_bytes; /* of all of it */
     uint16_t flags;      /* enum nbd_flag */
     uint32_t min_block;  /* bytes; every offset and length is a multiple */
     uint32_t max_payload;
@@ -57,6 +68,9 @@ struct nbd_link {
     int fd;
     SSL *ssl;
     bool tls;            /* by us or by the kernel */
+    bool kernel_tls;     /* by the kernel, in one direction at least */
+    enum nbd_phase phase;
+    uint64_t records;    /* of TLS that were sent; at most */
     struct nbd_export export;
 };
 
@@ -64,6 +78,7 @@ struct nbd_link {
 struct nbd_target {
     char *host, *service, *socket, *export;
     bool tls, write_through;
+    uint32_t tls_records;
     char *certificates, *psk_file, *psk_identity, *tls_hostname;
 };
 
@@ -73,7 +88,7 @@ struct nbd {
     struct vd_config config;     /* its numbers; the strings are not ours */
     int cancel_fd;
     pthread_t thread;
-    bool threaded;
+    bool threaded, any_tls; /* who connects: as in nbd_stream, since it was needed */
     pthread_mutex_t lock;        /* all below */
     pthread_cond_t changed;
     bool closing, finished;
@@ -84,7 +99,9 @@ struct nbd {
     uint32_t changers;           /* slots that wait to change a part of a block */
     bool changing;               /* one does */
     struct nbd_queue *wanting;   /* queues that wait for a connection */
-    struct nbd_link spare;       /* the one that open made, until a queue takes it; fd -1: none */
+    struct nbd_link spare[VD_QUEUES_MAX]; /* what open made, and what queues left that have stopped; for those that start */
+    uint32_t spares;
+    bool flush_failed;           /* once: queues look without the lock */
     struct nbd_export export;    /* what the server said when it was last spoken to; size 0: never */
     uint64_t settle_until_ns;    /* no queue is given a connection before: one that was abandoned has just lost its own */
     uint64_t needed_bytes;       /* an export that is smaller is refused; queues look without the lock */
@@ -157,6 +174,10 @@ struct nbd_queue {
     bool broken;                  /* is to be closed as soon as the kernel is done with our buffers */
     bool sending, receiving, watching; /* submissions under way */
     const char *why;              /* it was lost; NULL: never, or given up by ourselves with nothing on its way */
+    bool hung_up;                 /* by the server, perhaps because of what it was asked */
+    struct nbd_slot *suspect;     /* of whose command it hangs up, perhaps; NULL: nobody's */
+    uint32_t suspected;           /* how often it hung up with that one waiting longest for an answer */
+    uint64_t suspected_since_ns;
     uint64_t cookies;
 
     struct nbd_slot *slots;       /* by the request's number */
@@ -202,6 +223,9 @@ static inline void *nbd_tag(struct nbd_queue *nq, enum nbd_tag tag)
     return (void *)((uintptr_t)nq | tag);
 }
 
+/* dial.c: the stream's descriptor and deadline; on an error reason says what went wrong. */
+int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
+
 /* stream.c */
 int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes);
 int nbd_stream_write(struct nbd_stream *s, const void *from, size_t bytes);
@@ -216,10 +240,13 @@ int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct 
 int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES]);
 /* What the kernel does in both directions we need not do. */
 bool nbd_tls_is_kernel(SSL *ssl);
+/* Whether it does anything. */
+bool nbd_tls_uses_kernel(SSL *ssl);
+/* The kernel's TLS has something that is no data and that it cannot go on after: why the connection ends. */
+const char *nbd_tls_interruption(int fd, bool *closed);
 
 /* connector.c */
 int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES]);
-void nbd_link_close(struct nbd_link *link);
 void *nbd_connector_run(void *argument);
 /* The queue needs a connection; it is woken when nbd_link_taken gives one. */
 void nbd_want(struct nbd_queue *nq);
@@ -227,7 +254,22 @@ void nbd_want(struct nbd_queue *nq);
 bool nbd_take(struct nbd_queue *nq);
 /* Close the connection that it has. */
 void nbd_let_go(struct nbd_queue *nq);
+/* Leave it, with nothing under way, to the next queue that starts. */
+void nbd_leave_behind(struct nbd_queue *nq);
+/* Say goodbye on spare connections that are of an export of less than so many bytes; with the lock held. */
+void nbd_clear_spares(struct nbd *n, uint64_t size_bytes);
 void nbd_want_no_more(struct nbd_queue *nq);
+
+/* goodbye.c */
+/* From now on what the socket holds is dropped when it is closed, by whomever. */
+void nbd_drop_at_close(int fd);
+/* End the connection at once, with all that waits for it or is to be sent on it; on any thread. It is still to be closed. */
+void nbd_cut(const struct nbd_link *link);
+void nbd_link_close(struct nbd_link *link);
+/* Nothing is under way: tell the server that nothing will come any more. It is still to be closed. */
+void nbd_say_goodbye(const struct nbd_link *link);
+/* The same, give the server so long to end it too, and close it; fine if there is none. */
+void nbd_leave(struct nbd_link *link, uint64_t wait_ms);
 
 /* link.c */
 int nbd_queue_open(struct vd_queue *q);
@@ -236,8 +278,16 @@ void nbd_turn(struct vd_queue *q);
 void nbd_event(struct vd_queue *q, void *data, int result);
 /* The connection cannot be used any more; why as in nbd_queue. */
 void nbd_lost(struct nbd_queue *nq, const char *why);
-/* What an error of a reply says of the server. */
-const char *nbd_why(int error);
+/* The same, because the kernel said so of a send or receive: 0 or -errno. */
+void nbd_broke(struct nbd_queue *nq, int result);
+/* The same, because of what the server said: -errno of the one who read it. */
+void nbd_misunderstood(struct nbd_queue *nq, int error);
+/* Bytes, in so many pieces, were sent in one call; counts them if they were encrypted. */
+void nbd_count_records(struct nbd_queue *nq, size_t bytes, size_t pieces);
+/* Whether only the oldest command may be on its way. */
+bool nbd_one_by_one(const struct nbd_queue *nq);
+/* The slot's command was answered, or is not asked any more. */
+void nbd_unsuspect(struct nbd_queue *nq, const struct nbd_slot *slot);
 
 /* send.c */
 void nbd_send(struct nbd_queue *nq);
@@ -280,6 +330,12 @@ uint64_t nbd_part_done(struct nbd_queue *nq, struct nbd_slot *slot);
 static inline struct timespec moment(uint64_t ns)
 {
     return (struct timespec){ (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
+}
+
+/* Pages of the driver's memory went away, and what was read since may be zeros of ours. */
+static inline bool nbd_memory_lost(const struct nbd_queue *nq)
+{
+    return load_relaxed(&nq->queue->engine->memory_faults) != nq->queue->memory_faults;
 }
 
 static inline uint64_t at_most(uint64_t a, uint64_t b)

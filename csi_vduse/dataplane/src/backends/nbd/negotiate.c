@@ -100,6 +100,7 @@ static int ask(struct nbd_stream *s, uint32_t option, char *reason)
 
 static int check_export(struct nbd_export *e, char *reason)
 {
+    e->said_bytes = e->size_bytes;
     if (e->min_block)
         e->size_bytes -= e->size_bytes % e->min_block; /* what is left at the end cannot be reached */
     if (!e->size_bytes || e->size_bytes > INT64_MAX)
@@ -222,6 +223,10 @@ static int greet(struct nbd_stream *s, bool *zeroes, char *reason)
     uint8_t greeting[18], flags[4];
     int error = nbd_stream_read(s, greeting, sizeof(greeting));
 
+    if (error == -ECONNRESET)
+        return fail(reason, error, "the server closed the connection before it said anything: perhaps it takes no more clients");
+    if (error == -ETIMEDOUT)
+        return fail(reason, error, "the server did not answer in time; it says nothing: perhaps it takes one client at a time");
     if (error)
         return lost(reason, error);
     if (get64(greeting) != NBD_MAGIC)
@@ -231,6 +236,7 @@ static int greet(struct nbd_stream *s, bool *zeroes, char *reason)
     *zeroes = !(get16(greeting + 16) & NBD_NO_ZEROES);
     put32(flags, NBD_FIXED_NEWSTYLE | (*zeroes ? 0 : NBD_NO_ZEROES));
     error = nbd_stream_write(s, flags, sizeof(flags));
+    s->phase = error ? NBD_MUTE : NBD_HAGGLING;
     return error ? lost(reason, error) : 0;
 }
 
@@ -247,10 +253,12 @@ int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct 
         answer = ask(s, NBD_OPT_STARTTLS, reason);
         if (!answer)
             return fail(reason, -EACCES, "the server does not offer TLS");
+        s->phase = NBD_MUTE;
         if (answer > 0)
             answer = nbd_tls_start(s, target, reason);
         if (answer)
             return answer;
+        s->phase = NBD_HAGGLING;
     }
     answer = ask(s, NBD_OPT_EXTENDED_HEADERS, reason);
     e->extended = e->structured = answer == 1;
@@ -261,7 +269,12 @@ int nbd_negotiate(struct nbd_stream *s, const struct nbd_target *target, struct 
     if (answer < 0)
         return answer;
     answer = go(s, target->export, e, reason);
-    if (answer == 1)
+    if (answer == 1) {
+        s->phase = NBD_MUTE;
         answer = take_by_name(s, target->export, zeroes, e, reason);
-    return answer ? answer : check_export(e, reason);
+    }
+    if (answer)
+        return answer;
+    s->phase = NBD_SERVED;
+    return check_export(e, reason);
 }

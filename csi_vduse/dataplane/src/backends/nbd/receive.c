@@ -352,7 +352,7 @@ void nbd_receive_done(struct nbd_queue *nq, int result)
     if (result == -EAGAIN || result == -EINTR)
         return;
     if (result <= 0 || nq->broken) {
-        nbd_lost(nq, "the server closed the connection");
+        nbd_broke(nq, result);
         return;
     }
     count_up(&nq->queue->stats->remote.receives, 1);
@@ -363,6 +363,6 @@ void nbd_receive_done(struct nbd_queue *nq, int result)
     if (!error && bytes)
         error = nq->predicted ? compare(nq, bytes) : nbd_feed(nq, nq->spill, bytes);
     if (error)
-        nbd_lost(nq, nbd_why(error));
+        nbd_misunderstood(nq, error);
     nbd_acknowledge(nq);
 }

@@ -1,10 +1,11 @@
 /*
  * Send and receive through a TLS session of ours, where the kernel has no TLS: the session works on the socket without
  * blocking, and the queue's io_uring tells when it can go on. What is sent is gathered once, for the records are encrypted
- * anyway; what arrives is decrypted into spill and put in place from there.
+ * anyway; what arrives is decrypted into spill and put in place from there. Keys that the server changes are OpenSSL's affair.
  */
 #include <errno.h>
 #include <openssl/err.h>
+#include <openssl/sslerr.h>
 #include <poll.h>
 
 #include "secure.h"
@@ -20,6 +21,17 @@ static void wait_for(struct nbd_queue *nq, enum nbd_tag tag, short events)
         nq->sending = true;
     else
         nq->receiving = true;
+}
+
+/* A call that moved nothing, and not for want of room or bytes: the connection is of no use any more. */
+static void fail(struct nbd_queue *nq, int error, int number)
+{
+    if (error == SSL_ERROR_SYSCALL)
+        nbd_broke(nq, -number);
+    else if (error == SSL_ERROR_ZERO_RETURN || ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING)
+        nbd_broke(nq, 0);
+    else
+        nbd_misunderstood(nq, -EPROTO);
 }
 
 /* Fill the buffer from the pieces that are left. */
@@ -48,14 +60,18 @@ void nbd_secure_send(struct nbd_queue *nq)
             gather(nq);
         if (!nq->tls_have)
             return;
+        if (nbd_memory_lost(nq))
+            return; /* what was gathered may be zeros of ours; the queue stops in this turn */
         ERR_clear_error();
+        errno = 0;
         int result = SSL_write_ex(nq->link.ssl, nq->tls_buffer + nq->tls_sent, nq->tls_have - nq->tls_sent, &moved);
+        int number = errno, error = result == 1 ? SSL_ERROR_NONE : SSL_get_error(nq->link.ssl, result);
 
-        if (result == 1) {
+        switch (error) {
+        case SSL_ERROR_NONE:
             nq->tls_sent += (uint32_t)moved;
+            nbd_count_records(nq, moved, 0);
             continue;
-        }
-        switch (SSL_get_error(nq->link.ssl, result)) {
         case SSL_ERROR_WANT_WRITE:
             wait_for(nq, NBD_SEND, POLLOUT);
             return;
@@ -63,7 +79,7 @@ void nbd_secure_send(struct nbd_queue *nq)
             wait_for(nq, NBD_SEND, POLLIN);
             return;
         default:
-            nbd_lost(nq, "the connection broke while sending");
+            fail(nq, error, number);
             return;
         }
     }
@@ -73,7 +89,7 @@ void nbd_secure_send_done(struct nbd_queue *nq, int result)
 {
     nq->sending = false;
     if (result < 0 || nq->broken)
-        nbd_lost(nq, "the connection broke while sending");
+        nbd_broke(nq, result);
     else
         nbd_secure_send(nq);
 }
@@ -83,26 +99,37 @@ void nbd_secure_receive(struct nbd_queue *nq)
     wait_for(nq, NBD_RECEIVE, POLLIN);
 }
 
+/* Some bytes into spill; 0, or why there are none: of SSL_get_error, and errno. */
+static int read_some(struct nbd_queue *nq, size_t *bytes, int *number)
+{
+    ERR_clear_error();
+    errno = 0;
+    int result = SSL_read_ex(nq->link.ssl, nq->spill, NBD_SPILL_BYTES, bytes);
+
+    *number = errno;
+    return result == 1 ? SSL_ERROR_NONE : SSL_get_error(nq->link.ssl, result);
+}
+
 void nbd_secure_receive_done(struct nbd_queue *nq, int result)
 {
-    int error = 0;
+    int error = 0, end = SSL_ERROR_NONE, number = 0;
     size_t bytes;
 
     nq->receiving = false;
     if (result < 0 || nq->broken) {
-        nbd_lost(nq, "the connection broke while receiving");
+        nbd_broke(nq, result);
         return;
     }
     count_up(&nq->queue->stats->remote.receives, 1);
-    ERR_clear_error();
-    while (!error && !load_relaxed(&nq->queue->abandoned) && SSL_read_ex(nq->link.ssl, nq->spill, NBD_SPILL_BYTES, &bytes) == 1)
-        error = nbd_feed(nq, nq->spill, (uint32_t)bytes);
-    if (error) {
-        nbd_lost(nq, nbd_why(error));
-        return;
+    while (!error && !end && !load_relaxed(&nq->queue->abandoned)) {
+        end = read_some(nq, &bytes, &number);
+        if (!end)
+            error = nbd_feed(nq, nq->spill, (uint32_t)bytes);
     }
-    error = SSL_get_error(nq->link.ssl, 0);
-    if (error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE)
-        nbd_lost(nq, "the server closed the connection");
-    nbd_acknowledge(nq);
+    if (error)
+        nbd_misunderstood(nq, error);
+    else if (end && end != SSL_ERROR_WANT_READ && end != SSL_ERROR_WANT_WRITE)
+        fail(nq, end, number);
+    else
+        nbd_acknowledge(nq);
 }

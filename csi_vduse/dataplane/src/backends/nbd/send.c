@@ -81,7 +81,7 @@ static void gather(struct nbd_queue *nq)
         if (need == NBD_ENDED) {
             nbd_remove(&nq->waiting, slot);
             nbd_finish(nq, slot, 0);
-        } else if (need == NBD_COMMAND && !add(nq, slot)) {
+        } else if (need == NBD_COMMAND && (!add(nq, slot) || nbd_one_by_one(nq))) {
             return;
         }
     }
@@ -102,7 +102,7 @@ static void submit(struct nbd_queue *nq)
 
 void nbd_send(struct nbd_queue *nq)
 {
-    if (nq->sending || !nq->waiting.first)
+    if (nq->sending || !nq->waiting.first || (nbd_one_by_one(nq) && nq->sent.first))
         return;
     gather(nq);
     if (!nq->send_count)
@@ -121,11 +121,14 @@ void nbd_send_done(struct nbd_queue *nq, int result)
     if (result == -EAGAIN || result == -EINTR)
         bytes = 0;
     else if (result <= 0) {
-        nbd_lost(nq, "the connection broke while sending");
+        nbd_broke(nq, result);
         return;
     }
+    uint32_t before = nq->send_first;
+
     while (nq->send_first < nq->send_count && bytes >= nq->send_iov[nq->send_first].iov_len)
         bytes -= nq->send_iov[nq->send_first++].iov_len;
+    nbd_count_records(nq, (size_t)(result > 0 ? result : 0), nq->send_first - before);
     if (nq->send_first == nq->send_count || nq->broken)
         return;
     nq->send_iov[nq->send_first].iov_base = (uint8_t *)nq->send_iov[nq->send_first].iov_base + bytes;

@@ -158,14 +158,34 @@ void nbd_submit(struct vd_queue *q, struct vd_request *r)
     slot->request = r;
     slot->iov = NULL;
     slot->iov_count = 0;
-    slot->unstable = slot->flushed = false;
-    nbd_append(&nq->waiting, slot);
+    if (!r->failing_since_ns) /* else it goes on where it failed */
+        slot->unstable = slot->flushed = false;
+    if (r->operation == VD_FLUSH && load_relaxed(&nq->nbd->flush_failed))
+        nbd_finish(nq, slot, EIO);
+    else
+        nbd_append(&nq->waiting, slot);
 }
 
 void nbd_finish(struct nbd_queue *nq, struct nbd_slot *slot, int error)
 {
     nbd_release(nq, slot);
+    nbd_unsuspect(nq, slot);
     vd_request_finish(nq->queue, slot->request, error);
+}
+
+/*
+ * Have it tried again if the reason may pass, else tell the driver. A FLUSH is not tried again, and none is believed any more:
+ * whoever failed to make something stable may have forgotten it, and succeed the next time for having nothing to do.
+ */
+static void failed(struct nbd_queue *nq, struct nbd_slot *slot)
+{
+    bool flush = slot->type == NBD_FLUSH, never = flush || slot->error == EOPNOTSUPP;
+
+    if (flush)
+        store_relaxed(&nq->nbd->flush_failed, true);
+    nbd_release(nq, slot); /* others may write while it waits; a part of a block is begun again */
+    if (never || !vd_request_wait(nq->queue, slot->request, slot->error))
+        nbd_finish(nq, slot, slot->error == EOPNOTSUPP ? EIO : slot->error);
 }
 
 /* Take what has been moved off the front of the request's pieces. */
@@ -188,8 +208,9 @@ void nbd_command_done(struct nbd_queue *nq, struct nbd_slot *slot)
     uint64_t bytes;
 
     vd_count_remote(nq->queue, slot->sent_ns);
+    nbd_unsuspect(nq, slot);
     if (slot->error) {
-        nbd_finish(nq, slot, slot->error == EOPNOTSUPP ? EIO : slot->error);
+        failed(nq, slot);
         return;
     }
     slot->flushed = slot->type == NBD_FLUSH;

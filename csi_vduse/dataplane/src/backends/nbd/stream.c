@@ -3,6 +3,7 @@
  * ended at once by the cancel descriptor. The socket does not block.
  */
 #include <errno.h>
+#include <openssl/err.h>
 #include <poll.h>
 #include <sys/socket.h>
 
@@ -40,6 +41,8 @@ static int tls_wait(const struct nbd_stream *s, int result)
 static ssize_t move_tls(const struct nbd_stream *s, void *at, size_t bytes, bool out)
 {
     size_t moved = 0;
+
+    ERR_clear_error();
     int result = out ? SSL_write_ex(s->ssl, at, bytes, &moved) : SSL_read_ex(s->ssl, at, bytes, &moved);
 
     return result == 1 ? (ssize_t)moved : tls_wait(s, result);
@@ -99,6 +102,7 @@ int nbd_stream_connect(struct nbd_stream *s, const struct sockaddr *address, soc
 int nbd_stream_handshake(struct nbd_stream *s)
 {
     for (;;) {
+        ERR_clear_error(); /* what others left in this thread's queue is taken for ours (SSL_get_error(3)) */
         int result = SSL_connect(s->ssl);
 
         if (result == 1)

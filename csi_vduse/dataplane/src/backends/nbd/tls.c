@@ -3,15 +3,17 @@
  * on the kernel does the rest where it can (kTLS), and the connection is used as if it were plain.
  *
  * OpenSSL gives the kernel the receiving side of TLS 1.3 from its version 3.2 on, that of 1.2 always. Where the kernel has
- * TLS and OpenSSL is older, 1.2 with AES-GCM is used, as safe, and without a copy of ours.
+ * TLS and OpenSSL is older, 1.2 with AES-GCM is used, as safe, and without a copy of ours; with servers that do not have it, 1.3.
  */
 #include <errno.h>
+#include <linux/tls.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/x509v3.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "nbd.h"
@@ -91,10 +93,29 @@ static bool kernel_has_tls(void)
     return has;
 }
 
-static int set_up(SSL_CTX *context, const struct nbd_target *target, char *reason)
+/* Whether the newest version is left out, for the kernel's sake. */
+static bool is_held_back(const struct nbd_stream *s, const struct nbd_target *target)
+{
+    return !s->any_tls && OpenSSL_version_num() < 0x30200000ul && !target->socket[0] && kernel_has_tls();
+}
+
+/* Whether the server wants another version; OpenSSL's last error says so, or the server's alert. */
+static bool is_version(unsigned long code)
+{
+    switch (ERR_GET_LIB(code) == ERR_LIB_SSL ? ERR_GET_REASON(code) : 0) {
+    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
+    case SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE: /* what some say instead */
+    case SSL_R_UNSUPPORTED_PROTOCOL:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static int set_up(SSL_CTX *context, const struct nbd_target *target, bool held_back, char *reason)
 {
     SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
-    if (OpenSSL_version_num() < 0x30200000ul && !target->socket[0] && kernel_has_tls())
+    if (held_back)
         SSL_CTX_set_max_proto_version(context, TLS1_2_VERSION);
     SSL_CTX_set_options(context, SSL_OP_ENABLE_KTLS | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
     SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
@@ -113,20 +134,23 @@ static int name_peer(SSL *ssl, const struct nbd_target *target)
 {
     const char *name = target->tls_hostname[0] ? target->tls_hostname : target->host;
     X509_VERIFY_PARAM *parameters = SSL_get0_param(ssl);
+    char address[64];
 
     if (target->psk_file[0])
         return 1;
     if (!name[0])
         return SSL_set1_host(ssl, "localhost"); /* behind a unix socket, as libnbd has it */
-    if (X509_VERIFY_PARAM_set1_ip_asc(parameters, name) == 1)
+    snprintf(address, sizeof(address), "%.*s", (int)strcspn(name, "%"), name); /* a zone is ours to know (RFC 6874) */
+    if (X509_VERIFY_PARAM_set1_ip_asc(parameters, address) == 1)
         return 1;
     return SSL_set_tlsext_host_name(ssl, name) == 1 && SSL_set1_host(ssl, name);
 }
 
 int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES])
 {
+    bool held_back = is_held_back(s, target), version = false;
     SSL_CTX *context = SSL_CTX_new(TLS_client_method());
-    int error = context ? set_up(context, target, reason) : -ENOMEM;
+    int error = context ? set_up(context, target, held_back, reason) : -ENOMEM;
     SSL *ssl = error ? NULL : SSL_new(context);
 
     if (!error && (!ssl || SSL_set_fd(ssl, s->fd) != 1 || SSL_set_ex_data(ssl, 0, (void *)target) != 1 ||
@@ -146,14 +170,39 @@ int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char re
                      verified != X509_V_OK ? X509_verify_cert_error_string(verified)
                      : code              ? ERR_reason_error_string(code)
                                          : strerror(-error));
+        version = held_back && is_version(code);
         ERR_clear_error();
         s->ssl = NULL;
         SSL_free(ssl);
     }
-    return error == -ECONNRESET ? -EACCES : error;
+    return version ? -EPROTONOSUPPORT : error == -ECONNRESET ? -EACCES : error;
 }
 
 bool nbd_tls_is_kernel(SSL *ssl)
 {
     return BIO_get_ktls_send(SSL_get_wbio(ssl)) && BIO_get_ktls_recv(SSL_get_rbio(ssl)) && !SSL_pending(ssl);
+}
+
+bool nbd_tls_uses_kernel(SSL *ssl)
+{
+    return BIO_get_ktls_send(SSL_get_wbio(ssl)) || BIO_get_ktls_recv(SSL_get_rbio(ssl));
+}
+
+const char *nbd_tls_interruption(int fd, bool *closed)
+{
+    uint8_t first[64] = { 0 };
+    union {
+        struct cmsghdr header;
+        uint8_t room[CMSG_SPACE(1)];
+    } control = { 0 };
+    struct iovec iov = { first, sizeof(first) };
+    struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control) };
+    bool got = recvmsg(fd, &message, MSG_DONTWAIT) > 0;
+    const struct cmsghdr *c = got ? CMSG_FIRSTHDR(&message) : NULL;
+    uint8_t type = c && c->cmsg_level == SOL_TLS && c->cmsg_type == TLS_GET_RECORD_TYPE ? *CMSG_DATA(c) : 0;
+
+    *closed = type == SSL3_RT_ALERT;
+    if (type == SSL3_RT_HANDSHAKE && first[0] == SSL3_MT_KEY_UPDATE)
+        return "the server changes its keys, which needs another connection";
+    return *closed ? "the server closed the connection" : "the server said something that is no data";
 }
