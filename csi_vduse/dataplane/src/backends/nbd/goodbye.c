@@ -33,9 +33,9 @@ void nbd_drop_at_close(int fd)
 
 void nbd_cut(const struct nbd_link *link)
 {
-    const struct sockaddr nowhere = { .sa_family = AF_UNSPEC };
+    const sa_family_t nowhere = AF_UNSPEC; /* no more than that: a worker in jail may connect to nothing longer (jail.py) */
 
-    if (link->kernel_tls || connect(link->fd, &nowhere, sizeof(nowhere)))
+    if (link->kernel_tls || connect(link->fd, (const struct sockaddr *)&nowhere, sizeof(nowhere)))
         (void)shutdown(link->fd, SHUT_RDWR);
 }
 

@@ -275,7 +275,7 @@ void nbd_turn(struct vd_queue *q)
     struct nbd_queue *nq = q->backend;
     bool over;
 
-    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY || nbd_memory_lost(nq)) {
+    if (load_relaxed(&q->abandoned) || q->fault == VD_FAULT_MEMORY || vd_queue_memory_lost(q)) {
         give_up(nq);
         return;
     }

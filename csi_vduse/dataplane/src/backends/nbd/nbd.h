@@ -332,12 +332,6 @@ static inline struct timespec moment(uint64_t ns)
     return (struct timespec){ (time_t)(ns / 1000000000), (long)(ns % 1000000000) };
 }
 
-/* Pages of the driver's memory went away, and what was read since may be zeros of ours. */
-static inline bool nbd_memory_lost(const struct nbd_queue *nq)
-{
-    return load_relaxed(&nq->queue->engine->memory_faults) != nq->queue->memory_faults;
-}
-
 static inline uint64_t at_most(uint64_t a, uint64_t b)
 {
     return a < b ? a : b;

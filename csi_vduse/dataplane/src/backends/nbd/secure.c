@@ -60,7 +60,7 @@ void nbd_secure_send(struct nbd_queue *nq)
             gather(nq);
         if (!nq->tls_have)
             return;
-        if (nbd_memory_lost(nq))
+        if (vd_queue_memory_lost(nq->queue))
             return; /* what was gathered may be zeros of ours; the queue stops in this turn */
         ERR_clear_error();
         errno = 0;
