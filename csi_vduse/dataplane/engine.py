@@ -141,6 +141,7 @@ class Engine:
         serial: answer to GET_ID, cut to 20 bytes.
         event_fd: eventfd that is written when a queue faults, a request fails or the backend's state changes.
         resume: the device exists already and must be served: a server that is away is waited for.
+        broker_fd: of a socket to who makes connections for us (broker.py); None: we make our own.
 
     Raises:
         NotFound, PermissionDenied: the image or export cannot be opened.
@@ -160,10 +161,10 @@ class Engine:
         serial: str,
         event_fd: int,
         resume: bool = False,
+        broker_fd: int | None = None,
     ) -> None:
         if (problem := uring_problem()) and not isinstance(backend, ErrorBackend):
             raise FailedPrecondition(problem)
-        self.backend = backend
         self._max_queues = max_queues
         keep: list[Any] = []  # what the config points to
         nbd = ffi.NULL
@@ -172,7 +173,7 @@ class Engine:
                 name, place = "file", os.fsencode(path)
             case NbdBackend():
                 name, place = "nbd", backend.uri.encode()
-                nbd = nbd_config.encode(backend, keep, wait=resume)
+                nbd = nbd_config.encode(backend, keep, wait=resume, broker_fd=broker_fd)
             case NullBackend():
                 name, place = "null", b""
             case ErrorBackend():

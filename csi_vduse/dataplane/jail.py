@@ -2,7 +2,8 @@
 
 A guest writes into a worker's rings and a server answers it; whoever finds a hole there is then nobody, in an empty room:
 a user and group of its own, no capabilities, no way to get any, no files, no network, and no system calls but those by
-which it serves. What was opened before stays open: the image, the device, the log, the agent's connections.
+which it serves. What was opened before stays open: the image, the device, the log, the agent's connections. Sockets to
+a server come from the broker (broker.py).
 
 Kept true:
 - It is entered with a single thread: namespaces, users and filters belong to threads, and later ones inherit them.
@@ -30,6 +31,7 @@ from csi_vduse.errors import PermissionDenied
 # Users nobody else has: systemd leaves this range unused (UIDS-GIDS.md), and it lies above what container runtimes map.
 FIRST_USER: Final = 2_000_000_000
 _MAX_FILES: Final = 4096  # the driver's memory of a VM may be in hundreds
+_CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 _CAPABILITIES: Final = range(
     41
 )  # up to CAP_CHECKPOINT_RESTORE, linux/capability.h; more are refused one by one
@@ -56,7 +58,17 @@ _CALLS: Final = (
         "ftruncate",
     ),
     *("poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "select", "pselect6"),
-    *("recvmsg", "sendmsg", "recvfrom", "sendto", "accept4", "shutdown", "getsockopt", "getsockname"),
+    *(
+        "recvmsg",
+        "sendmsg",
+        "recvfrom",
+        "sendto",
+        "accept4",
+        "shutdown",
+        "getsockopt",
+        "setsockopt",
+        "getsockname",
+    ),
     *("io_uring_setup", "io_uring_enter", "io_uring_register"),
     *("munmap", "mremap", "madvise", "brk", "mlock", "mlock2", "munlock"),
     *(
@@ -70,7 +82,16 @@ _CALLS: Final = (
         "getpid",
     ),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall"),
-    *("clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "getrandom"),
+    *(
+        "clock_gettime",
+        "clock_getres",
+        "clock_nanosleep",
+        "nanosleep",
+        "gettimeofday",
+        "time",
+        "getcpu",
+        "getrandom",
+    ),
     *("exit", "exit_group", "getuid", "geteuid", "getgid", "getegid", "getrusage", "uname", "sysinfo"),
 )
 # ioctls, by the bits of their number that count: VDUSE's own (type 0x81), the size of a block device, blocking or not.
@@ -101,10 +122,28 @@ def enter(user: int) -> tuple[str, ...]:
     return tuple(missing)
 
 
+def end_with_parent(number: int) -> None:
+    """Have this process get a signal when the thread that forked it ends."""
+    _call("prctl", lib.prctl(lib.PR_SET_PDEATHSIG, number, 0, 0, 0))
+
+
+def give_up_capabilities() -> None:
+    """Stay root, with what root's files and sockets give, and nothing beyond: for a worker's broker.
+
+    Raises:
+        OSError: not root.
+    """
+    _limits()
+    _drop_bounding_set()
+    header, none = struct.pack("=IiI", _CAPABILITY_VERSION, 0, 0), bytes(24)
+    _call("capset", lib.syscall3(lib.SYS_capset, ffi.from_buffer(header), ffi.from_buffer(none), 0))
+    _call("no_new_privs", lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
 def _succeeds(layer: Callable[[], None]) -> bool:
     try:
         layer()
-    except OSError:
+    except (OSError, ValueError):  # the second is Python's word for a limit that may not be raised
         return False
     return True
 
@@ -153,10 +192,14 @@ def _limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
 
-def _become(user: int) -> None:
+def _drop_bounding_set() -> None:
     for capability in _CAPABILITIES:
         if lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0) and ffi.errno != errno.EINVAL:
             raise OSError(ffi.errno, f"dropping capability {capability}: {os.strerror(ffi.errno)}")
+
+
+def _become(user: int) -> None:
+    _drop_bounding_set()
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)  # and with root go the capabilities
@@ -184,12 +227,15 @@ def _no_files_by_landlock() -> None:
 def _filter_calls() -> None:
     """Refuse (EPERM) whatever is not on the list: a call that we forgot must not be the end of a volume."""
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    rules.set_attr(pyseccomp.Attr.CTL_TSYNC, 1)  # whatever other thread there may be
     for name in _CALLS:
         _allow(rules, name)
     for mask, number in _IOCTLS:
         _allow(rules, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, mask, number))
     for name in ("mmap", "mprotect"):
         _allow(rules, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, 4, 0))  # not PROT_EXEC
+    # An address of two bytes is none: it ends a connection, and can make no other (goodbye.c).
+    _allow(rules, "connect", pyseccomp.Arg(2, pyseccomp.EQ, 2))
     _allow(rules, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, lib.PR_SET_NAME))
     # Threads, and no processes. The C library falls back to clone from clone3, whose flags no filter sees.
     _allow(rules, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, lib.CLONE_THREAD, lib.CLONE_THREAD))

@@ -44,7 +44,7 @@ class NbdExport:
     tls_in_kernel: bool
 
 
-def encode(backend: NbdBackend, keep: list[Any], *, wait: bool) -> Any:  # noqa: ANN401 - cffi's pointers have no type
+def encode(backend: NbdBackend, keep: list[Any], *, wait: bool, broker_fd: int | None = None) -> Any:  # noqa: ANN401 - cffi's pointers have no type
     """Return a struct vd_nbd_config; it is valid as long as keep is."""
     address, tls = nbd_uri.parse(backend.uri), backend.tls
 
@@ -66,6 +66,8 @@ def encode(backend: NbdBackend, keep: list[Any], *, wait: bool) -> Any:  # noqa:
             "tls_hostname": string(tls and tls.hostname),
             "write_through": backend.write_through,
             "wait": wait,
+            "brokered": broker_fd is not None,
+            "broker_fd": broker_fd or 0,
         },
     )
     keep.append(config)

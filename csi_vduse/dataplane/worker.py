@@ -27,6 +27,7 @@ from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, channel, jail, throttle, versions
 from csi_vduse.dataplane.backend_log import BackendLog, tell_fault
 from csi_vduse.dataplane.backend_spec import NbdBackend, NullBackend
+from csi_vduse.dataplane.broker import Broker, fork_broker
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
@@ -72,6 +73,7 @@ class Worker:
         self._resume_at: float | None = None
         self._running = True
         self._jailed = False
+        self._broker: Broker | None = None
         self._listener = _listen(listen_path)
         self._watch(self._listener, self._accept)
         self._watch(control, lambda: self._serve_control(control))
@@ -156,9 +158,10 @@ class Worker:
         """Do of a start with a log what can be done while another worker serves the device: check, and warm up."""
         (log_fd,) = fds
         InflightLog(log_fd, LogIdentity(**message["inflight"]))
-        # Whoever serves the device holds the backend: what counts is that it is there.
-        with contextlib.suppress(Unavailable):
-            self._engine(message).close()
+        # Whoever serves the device holds the backend: what counts is that it is there. Servers are heard in jail only.
+        if not isinstance(backend_spec.from_json(message["backend"]), NbdBackend):
+            with contextlib.suppress(Unavailable):
+                self._engine(message).close()
         # A worker shares its pages with the spawner until it writes to them: what a start copies is copied now.
         self._engine({**message, "backend": backend_spec.to_json(NullBackend())}).close()
 
@@ -172,13 +175,17 @@ class Worker:
                 f"start came with {len(fds)} descriptors", hint="send the VDUSE device and the in-flight log"
             )
         structlog.contextvars.bind_contextvars(volume_id=message["serial"])
-        spec = _device_spec(message)
-        engine = self._engine(message)
+        spec, backend = _device_spec(message), backend_spec.from_json(message["backend"])
         device_fd, log_fd = fds
+        if isinstance(backend, NbdBackend):
+            self._hire(fork_broker(backend))
+            self._give_up(device_fd)  # before there is a thread, and before a server is heard
+        engine = self._engine(message, self._broker)
         with contextlib.ExitStack() as undo:
             undo.callback(engine.close)
             engine.set_throttle(throttle.from_json(message.get("throttle")))
-            self._give_up(device_fd, engine)
+            if not self._jailed:
+                self._give_up(device_fd)
             inflight = InflightLog(log_fd, LogIdentity(**message["inflight"]))
             served = ServedDevice(
                 Device(device_fd, spec.name), engine, spec, inflight, resume=bool(message.get("resume"))
@@ -190,16 +197,23 @@ class Worker:
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
 
-    def _give_up(self, device_fd: int, engine: Engine) -> None:
-        """Go to jail: as a user that is the device's alone. Not where a connection to a server has to be made anew."""
-        if isinstance(engine.backend, NbdBackend):
-            return
+    def _hire(self, broker: Broker) -> None:
+        self._broker = broker
+        self._watch(broker.alive_fd, self._lose_broker)
+
+    def _lose_broker(self) -> None:
+        """End: nothing could be connected any more. The next worker has its own, and replays what we leave."""
+        self._log.error("the broker is gone; another worker takes over")
+        self._running = False
+
+    def _give_up(self, device_fd: int) -> None:
+        """Go to jail: as a user that is the device's alone."""
         missing = jail.enter(jail.FIRST_USER + os.minor(os.fstat(device_fd).st_rdev))
         self._jailed = True
         if missing:
             self._log.warning("a worker is jailed less than it could be", missing=missing)
 
-    def _engine(self, message: channel.Message) -> Engine:
+    def _engine(self, message: channel.Message, broker: Broker | None = None) -> Engine:
         spec = _device_spec(message)
         return Engine(
             backend=backend_spec.from_json(message["backend"]),
@@ -210,6 +224,7 @@ class Worker:
             serial=message["serial"],
             event_fd=self._event_fd,
             resume=bool(message.get("resume")),
+            broker_fd=broker.channel.fileno() if broker is not None else None,
         )
 
     def _release(self, *, abandon: bool) -> bool:

@@ -1,28 +1,10 @@
 /* Where io_uring is switched off (kernel.io_uring_disabled, a container's filter): nothing starts, and what waits can end. */
 #include <errno.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
-#include <stddef.h>
-#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 
 #include "engine.h"
 #include "harness.h"
-
-/* From now on the call fails so in this thread and those that it begins. */
-static void refuse(uint32_t call, uint32_t error)
-{
-    struct sock_filter filter[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    struct sock_fprog program = { 4, filter };
-
-    CHECK(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program));
-}
 
 CASE(where_io_uring_is_refused_no_queue_starts_and_it_can_be_known_before)
 {
@@ -30,7 +12,7 @@ CASE(where_io_uring_is_refused_no_queue_starts_and_it_can_be_known_before)
 
     CHECK_EQUAL(vd_uring_works(), 0);
     rig_open(&rig, (struct plan){ .no_start = true });
-    refuse(SYS_io_uring_setup, EPERM);
+    harness_refuse(SYS_io_uring_setup, EPERM);
     CHECK_EQUAL(vd_uring_works(), -EPERM);
     CHECK_EQUAL(rig_start(&rig, 0), -ENOSYS);
     CHECK_EQUAL(rig_stats(&rig, 0).fault, VD_FAULT_BACKEND);
@@ -42,7 +24,7 @@ BOTH(what_waits_is_failed_without_io_uring)
     struct rig rig;
 
     rig_open(&rig, (struct plan){ .backend = "error", .capacity = MIB, .no_start = true });
-    refuse(SYS_io_uring_setup, EPERM);
+    harness_refuse(SYS_io_uring_setup, EPERM);
     CHECK_EQUAL(rig_start(&rig, 0), 0);
     struct blk b = blk_new(&rig, 4096);
 
@@ -62,7 +44,7 @@ CASE(a_kernel_that_takes_nothing_is_not_asked_without_a_pause)
     struct timespec before, after;
 
     rig_open(&rig, (struct plan){ .no_start = true });
-    refuse(SYS_io_uring_enter, EAGAIN);
+    harness_refuse(SYS_io_uring_enter, EAGAIN);
     CHECK_EQUAL(rig_start(&rig, 0), 0);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
     nanosleep(&(struct timespec){ .tv_nsec = 300000000 }, NULL);

@@ -44,6 +44,9 @@ void harness_private_mounts(void);
 /* Called before the process ends, whatever happened. */
 void harness_at_end(void (*undo)(void));
 
+/* From now on the system call fails so in this thread and those that it begins. */
+void harness_refuse(uint32_t call, uint32_t error);
+
 #define CASE(name) RING_CASE(name, false)
 /* A case for both formats of queues. */
 #define BOTH(name) RING_CASE(name, true)
@@ -96,6 +99,7 @@ struct plan {
     uint64_t capacity;        /* 4 MiB */
     uint64_t image_bytes;     /* the capacity */
     bool read_only, event_idx, indirect, no_start;
+    bool brokered;            /* NBD: connections are asked of a process beside it */
     bool no_flush, packed;    /* the format that the case was asked for */
     uint32_t away_ms;         /* 0: what fails is told at once */
     uint32_t queues;          /* 1 */

@@ -1,7 +1,11 @@
 #include "nbd_rig.h"
 
 #include <string.h>
+#include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "fake_tls.h"
 
@@ -9,6 +13,31 @@ enum { UNIT = 4096, TOGETHER = 24, PIECE_MAX = 16 };
 
 static char reason[160];
 static struct vd_nbd_config config;
+pid_t nbd_broker;
+
+static void end_broker(void)
+{
+    if (nbd_broker)
+        kill(nbd_broker, SIGKILL);
+}
+
+static void start_broker(void)
+{
+    int ends[2];
+
+    CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends));
+    nbd_broker = fork();
+    CHECK(nbd_broker >= 0);
+    if (!nbd_broker) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        close(ends[0]);
+        _exit(-vd_nbd_broker(&config, ends[1]));
+    }
+    close(ends[1]);
+    harness_at_end(end_broker);
+    config.brokered = true;
+    config.broker_fd = ends[0];
+}
 
 void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan)
 {
@@ -20,6 +49,8 @@ void nbd_rig_plan(struct rig *rig, struct fake_nbd *s, struct plan plan)
     rig->image_fd = -1;
     rig->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     config = s->tls_version ? fake_tls_config(s) : fake_nbd_config(s);
+    if (plan.brokered)
+        start_broker();
     rig->config = (struct vd_config){
         .max_queues = plan.queues,
         .block_size_bytes = 512,

@@ -19,6 +19,9 @@ void nbd_rig_open(struct rig *rig, struct fake_nbd *s, struct plan plan);
  */
 void nbd_exercise(struct rig *rig, struct fake_nbd *s, uint32_t rounds, uint64_t seed);
 
+/* The process that is asked for connections, if that was planned. */
+extern pid_t nbd_broker;
+
 struct vd_backend_status nbd_status(struct rig *rig);
 
 #endif

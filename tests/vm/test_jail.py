@@ -8,15 +8,22 @@ import signal
 import socket
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from csi_vduse.dataplane import jail
+from csi_vduse.proto import agent_pb2
+from tests.vm import test_nbd as nbd
 from tests.vm.conftest import MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.inside import Inside, inside
+from tests.vm.nbd_servers import nbdkit, serving
 from tests.vm.test_agent import attach, detach, inspect
+from tests.vm.test_recovery import verified_writing, writes
 
+KINDS = ("file", "nbd")
 REFUSED = (-errno.EPERM, -errno.EACCES)
 AT_FDCWD = -100
 # Their numbers on x86_64, as in unistd_64.h of the kernel.
@@ -42,9 +49,21 @@ def _status(pid: int) -> dict[str, str]:
     )
 
 
-def test_a_worker_in_service_is_nobody(shared: RunningAgent, image: Path):
-    with leaves_nothing(shared):
-        attach(shared, image)
+@contextmanager
+def _attached(agent: RunningAgent, image: Path, kind: str) -> Iterator[str]:
+    """A volume whose bytes are in a file, or behind a server; gives its path and leaves nothing."""
+    with leaves_nothing(agent), ExitStack() as servers:
+        if kind == "nbd":
+            server = servers.enter_context(serving(nbdkit(image)))
+            yield nbd.attach(agent, agent_pb2.NbdBackend(uri=server.uri))
+        else:
+            yield attach(agent, image).path
+        detach(agent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_in_service_is_nobody(shared: RunningAgent, image: Path, kind: str):
+    with _attached(shared, image, kind):
         pid = _worker(shared)
         for task in Path(f"/proc/{pid}/task").iterdir():  # its queues' threads too
             status = _status(int(task.name))
@@ -62,7 +81,6 @@ def test_a_worker_in_service_is_nobody(shared: RunningAgent, image: Path):
             )
         assert len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines()) == 1
         assert list(Path(f"/proc/{pid}/root").iterdir()) == []
-        detach(shared)
 
 
 def test_two_workers_are_two_users(shared: RunningAgent, image: Path, tmp_path: Path):
@@ -81,12 +99,14 @@ def test_two_workers_are_two_users(shared: RunningAgent, image: Path, tmp_path: 
         detach(shared)
 
 
-def test_whoever_takes_a_worker_over_gets_nothing_by_it(shared: RunningAgent, image: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_takes_a_worker_over_gets_nothing_by_it(
+    shared: RunningAgent, image: Path, tmp_path: Path, kind: str
+):
     secret = tmp_path / "secret"
     secret.write_text("of somebody else")
     secret.chmod(0o666)
-    with leaves_nothing(shared):
-        path = attach(shared, image).path
+    with _attached(shared, image, kind) as path:
         pid = _worker(shared)
         with inside(pid) as worker:
             assert worker.call(CALLS["getpid"]) == pid  # it does what it is told, and may do what it needs
@@ -99,7 +119,6 @@ def test_whoever_takes_a_worker_over_gets_nothing_by_it(shared: RunningAgent, im
         subprocess.run(
             ["dd", f"if={path}", "of=/dev/null", "bs=64k", "count=4", "iflag=direct"], check=True, timeout=60
         )
-        detach(shared)
 
 
 def _nothing_can_be_opened(worker: Inside, paths: list[str]) -> None:
@@ -170,3 +189,26 @@ def test_a_jailed_worker_is_replaced_by_another(shared: RunningAgent, image: Pat
         )
         assert _status(_worker(shared))["Seccomp"] == "2"
         detach(shared)
+
+
+def _broker(worker: int) -> int:
+    (child,) = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    return int(child)
+
+
+def test_who_connects_for_a_worker_has_no_power_and_is_replaced_with_it(shared: RunningAgent, image: Path):
+    with _attached(shared, image, "nbd") as path:
+        first = _worker(shared)
+        broker = _broker(first)
+        status = _status(broker)
+        assert (int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"]) == (0, 0, "1")
+        held = [str(link.readlink()) for link in Path(f"/proc/{broker}/fd").iterdir()]
+        assert not [file for file in held if "vduse" in file or str(image) in file]
+        with verified_writing(path, "--ioengine=libaio", "--iodepth=8"):
+            kill(broker)
+            wait_until(lambda: _worker(shared) not in (0, first), "another worker")
+            wait_until(lambda: writes(shared) > 50, "writing")
+        second = _broker(_worker(shared))
+        kill(_worker(shared))
+        wait_until(lambda: not Path(f"/proc/{second}").exists(), "end of the broker")
+        wait_until(lambda: inspect(shared).attachment.state == agent_pb2.STATE_ATTACHED, "service")

@@ -55,6 +55,8 @@ struct vd_nbd_config {
     int write_through;        /* FUA with all that changes something, whether the driver can flush or not */
     uint32_t tls_records;     /* so many are sent with the same keys at most; 0: as many as AES-GCM is good for */
     int wait;                 /* do not connect at open: the server may be away, and requests wait for it */
+    int brokered;             /* sockets and keys come through broker_fd, a SOCK_SEQPACKET socket with vd_nbd_broker behind it */
+    int broker_fd;
 };
 
 struct vd_config {
@@ -202,6 +204,8 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **engine);
 void vd_engine_free(struct vd_engine *engine);
 /* What a server says of an export; reason has room for 160 bytes. */
 int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason);
+/* Answer who is at the other end of the socket, with connections to this server and to no other; returns when it is closed. */
+int vd_nbd_broker(const struct vd_nbd_config *config, int fd);
 void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info);
 /* Whether a file is one of the kernel's without a place in any file system. */
 int vd_is_anonymous(int fd);

@@ -67,7 +67,7 @@ static int connect_once(struct nbd *n, uint64_t timeout_ms, struct nbd_link *lin
 {
     uint64_t timeout_ns = timeout_ms * 1000000;
     struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns,
-                            .any_tls = n->any_tls };
+                            .any_tls = n->any_tls, .keys = { -1, -1, -1 } };
     int error;
 
     reason[0] = 0;
@@ -75,6 +75,7 @@ static int connect_once(struct nbd *n, uint64_t timeout_ms, struct nbd_link *lin
     if (error)
         return error == -ECANCELED ? error : -ECONNREFUSED; /* what else the numbers say is said of an export */
     error = nbd_negotiate(&s, &n->target, &link->export, reason);
+    nbd_close_keys(&s);
     if (!error)
         error = check_fit(n, &link->export, reason);
     link->fd = s.fd;

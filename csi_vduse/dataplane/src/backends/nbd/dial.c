@@ -1,8 +1,9 @@
 /*
- * A socket that is connected to the server, over TCP or a unix socket; for the connector's thread. Of a host with several
- * addresses each gets its share of the time.
+ * A socket that is connected to the server, over TCP or a unix socket, and the files of the keys that it is used with: all
+ * that a worker in jail cannot have by itself. Of a host with several addresses each gets its share of the time.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -85,11 +86,58 @@ static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, ui
     return error;
 }
 
-int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
+/* Without a connection the kernel refuses TLS, but for another reason if it does not have it (tcp_set_ulp, tls_init). */
+bool nbd_kernel_has_tls(void)
+{
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) && errno == ENOTCONN;
+
+    if (fd >= 0)
+        close(fd);
+    return has;
+}
+
+/* What cannot be opened is missed where it is needed (tls.c). */
+static void open_keys(struct nbd_stream *s, const struct nbd_target *target)
+{
+    static const char *const names[NBD_KEYS] = { "ca-cert.pem", "client-cert.pem", "client-key.pem" };
+
+    if (target->psk_file[0]) {
+        s->keys[0] = open(target->psk_file, O_RDONLY | O_CLOEXEC);
+        return;
+    }
+    for (int i = 0; i < NBD_KEYS; i++) {
+        char path[4200];
+
+        snprintf(path, sizeof(path), "%.4096s/%s", target->certificates, names[i]);
+        s->keys[i] = open(path, O_RDONLY | O_CLOEXEC);
+    }
+}
+
+void nbd_close_keys(struct nbd_stream *s)
+{
+    for (int i = 0; i < NBD_KEYS; i++) {
+        if (s->keys[i] >= 0)
+            close(s->keys[i]);
+        s->keys[i] = -1;
+    }
+}
+
+int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
 {
     int error = target->socket[0] ? connect_unix(s, target->socket) : connect_tcp(s, target, timeout_ns, reason);
 
     if (error && !reason[0])
         snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
+    if (!error && target->tls) {
+        s->kernel_has_tls = !target->socket[0] && nbd_kernel_has_tls();
+        open_keys(s, target);
+    }
     return error;
+}
+
+int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
+{
+    return target->broker_fd >= 0 ? nbd_broker_dial(s, target, timeout_ns, reason)
+                                  : nbd_dial_here(s, target, timeout_ns, reason);
 }

@@ -28,10 +28,11 @@ static void free_target(struct nbd_target *t)
         free(strings[i]);
 }
 
-static int copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
+int nbd_copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
 {
     *t = (struct nbd_target){ copy(c->host), copy(c->service), copy(c->socket), copy(c->export_name), c->tls, c->write_through,
-                              c->tls_records, copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname) };
+                              c->tls_records, copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname),
+                              c->brokered ? c->broker_fd : -1 };
     if (t->host && t->service && t->socket && t->export && t->certificates && t->psk_file && t->psk_identity &&
         t->tls_hostname)
         return 0;
@@ -84,7 +85,7 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
 
     if (!n)
         return -ENOMEM;
-    if (copy_target(&n->target, config->nbd)) {
+    if (nbd_copy_target(&n->target, config->nbd)) {
         free(n);
         return -ENOMEM;
     }

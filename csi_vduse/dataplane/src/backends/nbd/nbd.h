@@ -3,7 +3,8 @@
  *
  *   nbd.c         the backend as the engine sees it: open, close, info
  *   connector.c   one thread of the backend: makes connections, again and again, and hands them to queues
- *   dial.c        a socket to the server
+ *   dial.c        a socket to the server, and the files of its keys
+ *   broker.c      the same, asked of a process that may: the worker may not
  *   negotiate.c   a fresh socket becomes a connection: the protocol's handshake
  *   stream.c      bytes through a socket, plain or TLS, with a deadline
  *   link.c        a queue's connection in use: states, loss, and replay
@@ -38,6 +39,7 @@ enum {
     NBD_RECORDS_MAX = 1 << 24,    /* to be sent with the same keys: AES-GCM is good for 2^24.5 (RFC 8446, 5.5) */
     NBD_BLOCK_MAX = 64 * 1024,    /* smallest unit of a server, the largest that we take */
     NBD_COOKIE_SHIFT = 16,        /* a command's number; below it the slot's */
+    NBD_KEYS = 3,                 /* files: CA certificate, our certificate, its key; or PSKs in the first */
 };
 
 /* Which goodbye the server would understand now. */
@@ -51,6 +53,8 @@ struct nbd_stream {
     uint64_t deadline_ns;
     enum nbd_phase phase;
     bool any_tls;        /* not only what OpenSSL can give to the kernel */
+    int keys[NBD_KEYS];  /* open, or -1 */
+    bool kernel_has_tls;
 };
 
 /* What the server says of the export. */
@@ -80,6 +84,7 @@ struct nbd_target {
     bool tls, write_through;
     uint32_t tls_records;
     char *certificates, *psk_file, *psk_identity, *tls_hostname;
+    int broker_fd;       /* who is asked for sockets; -1: we make our own */
 };
 
 /* The backend's state. */
@@ -223,8 +228,20 @@ static inline void *nbd_tag(struct nbd_queue *nq, enum nbd_tag tag)
     return (void *)((uintptr_t)nq | tag);
 }
 
-/* dial.c: the stream's descriptor and deadline; on an error reason says what went wrong. */
+/*
+ * dial.c: the stream's descriptor, deadline and, for TLS, keys and what the kernel can, by ourselves or through the broker;
+ * on an error reason says what went wrong.
+ */
 int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
+int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
+void nbd_close_keys(struct nbd_stream *s);
+bool nbd_kernel_has_tls(void);
+
+/* broker.c */
+int nbd_broker_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
+
+/* nbd.c: strings of our own; 0 or -ENOMEM. */
+int nbd_copy_target(struct nbd_target *target, const struct vd_nbd_config *config);
 
 /* stream.c */
 int nbd_stream_read(struct nbd_stream *s, void *to, size_t bytes);

@@ -6,10 +6,12 @@
  * TLS and OpenSSL is older, 1.2 with AES-GCM is used, as safe, and without a copy of ours; with servers that do not have it, 1.3.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/tls.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/err.h>
+#include <openssl/pem.h>
 #include <openssl/x509v3.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,10 +22,29 @@
 
 enum { PSK_MAX = 256 };
 
-/* A PSK file's entry: lines of IDENTITY:HEX (psktool(1)). Returns the key's length, 0 if there is none. */
-static size_t find_psk(const char *path, const char *identity, char *name, size_t name_bytes, unsigned char *key)
+/* What SSL_get_ex_data gives while hands are shaken. */
+struct shaking {
+    const struct nbd_stream *stream;
+    const struct nbd_target *target;
+};
+
+/* To read a file of keys from its beginning; NULL if there is none. */
+static FILE *open_key(int fd)
 {
-    FILE *file = fopen(path, "re");
+    int own = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    FILE *file = own < 0 ? NULL : fdopen(own, "r");
+
+    if (file)
+        rewind(file);
+    else if (own >= 0)
+        close(own);
+    return file;
+}
+
+/* A PSK file's entry: lines of IDENTITY:HEX (psktool(1)). Returns the key's length, 0 if there is none. */
+static size_t find_psk(int fd, const char *identity, char *name, size_t name_bytes, unsigned char *key)
+{
+    FILE *file = open_key(fd);
     char line[1024];
     size_t length = 0;
 
@@ -49,9 +70,9 @@ static size_t find_psk(const char *path, const char *identity, char *name, size_
 static unsigned give_psk(SSL *ssl, const char *hint, char *identity, unsigned identity_bytes, unsigned char *key,
                          unsigned key_bytes)
 {
-    const struct nbd_target *target = SSL_get_ex_data(ssl, 0);
+    const struct shaking *shaking = SSL_get_ex_data(ssl, 0);
     unsigned char found[PSK_MAX];
-    size_t length = find_psk(target->psk_file, target->psk_identity, identity, identity_bytes, found);
+    size_t length = find_psk(shaking->stream->keys[0], shaking->target->psk_identity, identity, identity_bytes, found);
 
     (void)hint;
     if (length > key_bytes)
@@ -61,42 +82,70 @@ static unsigned give_psk(SSL *ssl, const char *hint, char *identity, unsigned id
     return (unsigned)length;
 }
 
-static int load_certificates(SSL_CTX *context, const char *folder, char *reason)
+/* The certificates of a file, one after the other; how many were taken, 0 if one cannot be. */
+static int each_certificate(int fd, SSL_CTX *context, int (*take)(SSL_CTX *context, X509 *certificate, int number))
 {
-    char path[3][4200];
-    static const char *const names[] = { "ca-cert.pem", "client-cert.pem", "client-key.pem" };
+    FILE *file = open_key(fd);
+    X509 *certificate;
+    int taken = 0;
 
-    for (int i = 0; i < 3; i++)
-        snprintf(path[i], sizeof(path[i]), "%.4096s/%s", folder, names[i]);
-    if (SSL_CTX_load_verify_file(context, path[0]) != 1) {
-        snprintf(reason, NBD_REASON_BYTES, "%.120s cannot be used as CA certificate", path[0]);
+    while (file && (certificate = PEM_read_X509(file, NULL, NULL, NULL))) {
+        bool good = take(context, certificate, taken) == 1;
+
+        X509_free(certificate);
+        taken = good ? taken + 1 : 0;
+        if (!good)
+            break;
+    }
+    if (file)
+        fclose(file);
+    ERR_clear_error(); /* the file's end is one */
+    return taken;
+}
+
+static int trust(SSL_CTX *context, X509 *certificate, int number)
+{
+    (void)number;
+    return X509_STORE_add_cert(SSL_CTX_get_cert_store(context), certificate);
+}
+
+/* The first is ours, and the others lead from it to the CA. */
+static int present(SSL_CTX *context, X509 *certificate, int number)
+{
+    return number ? (int)SSL_CTX_add1_chain_cert(context, certificate) : SSL_CTX_use_certificate(context, certificate);
+}
+
+static bool use_key(int fd, SSL_CTX *context)
+{
+    FILE *file = open_key(fd);
+    EVP_PKEY *key = file ? PEM_read_PrivateKey(file, NULL, NULL, NULL) : NULL;
+    bool used = key && SSL_CTX_use_PrivateKey(context, key) == 1;
+
+    EVP_PKEY_free(key);
+    if (file)
+        fclose(file);
+    return used;
+}
+
+static int load_certificates(SSL_CTX *context, const struct nbd_stream *s, const char *folder, char *reason)
+{
+    if (!each_certificate(s->keys[0], context, trust)) {
+        snprintf(reason, NBD_REASON_BYTES, "%.100s/ca-cert.pem cannot be used as CA certificate", folder);
         return -EINVAL;
     }
-    if (access(path[1], F_OK) && access(path[2], F_OK))
+    if (s->keys[1] < 0 && s->keys[2] < 0)
         return 0; /* the server may not ask who we are */
-    if (SSL_CTX_use_certificate_chain_file(context, path[1]) != 1 ||
-        SSL_CTX_use_PrivateKey_file(context, path[2], SSL_FILETYPE_PEM) != 1) {
+    if (!each_certificate(s->keys[1], context, present) || !use_key(s->keys[2], context)) {
         snprintf(reason, NBD_REASON_BYTES, "client certificate and key in %.100s cannot be used", folder);
         return -EINVAL;
     }
     return 0;
 }
 
-/* Without a connection the kernel refuses TLS, but for another reason if it does not have it (tcp_set_ulp, tls_init). */
-static bool kernel_has_tls(void)
-{
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) && errno == ENOTCONN;
-
-    if (fd >= 0)
-        close(fd);
-    return has;
-}
-
 /* Whether the newest version is left out, for the kernel's sake. */
-static bool is_held_back(const struct nbd_stream *s, const struct nbd_target *target)
+static bool is_held_back(const struct nbd_stream *s)
 {
-    return !s->any_tls && OpenSSL_version_num() < 0x30200000ul && !target->socket[0] && kernel_has_tls();
+    return !s->any_tls && OpenSSL_version_num() < 0x30200000ul && s->kernel_has_tls;
 }
 
 /* Whether the server wants another version; OpenSSL's last error says so, or the server's alert. */
@@ -112,10 +161,10 @@ static bool is_version(unsigned long code)
     }
 }
 
-static int set_up(SSL_CTX *context, const struct nbd_target *target, bool held_back, char *reason)
+static int set_up(SSL_CTX *context, const struct nbd_stream *s, const struct nbd_target *target, char *reason)
 {
     SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
-    if (held_back)
+    if (is_held_back(s))
         SSL_CTX_set_max_proto_version(context, TLS1_2_VERSION);
     SSL_CTX_set_options(context, SSL_OP_ENABLE_KTLS | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION);
     SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
@@ -126,7 +175,7 @@ static int set_up(SSL_CTX *context, const struct nbd_target *target, bool held_b
     }
     SSL_CTX_set_verify(context, SSL_VERIFY_PEER, NULL);
     SSL_CTX_set_cipher_list(context, "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM");
-    return load_certificates(context, target->certificates, reason);
+    return load_certificates(context, s, target->certificates, reason);
 }
 
 /* The server must be whom the URI names, unless the keys themselves say who it is. */
@@ -148,18 +197,20 @@ static int name_peer(SSL *ssl, const struct nbd_target *target)
 
 int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES])
 {
-    bool held_back = is_held_back(s, target), version = false;
+    bool held_back = is_held_back(s), version = false;
+    struct shaking shaking = { s, target };
     SSL_CTX *context = SSL_CTX_new(TLS_client_method());
-    int error = context ? set_up(context, target, held_back, reason) : -ENOMEM;
+    int error = context ? set_up(context, s, target, reason) : -ENOMEM;
     SSL *ssl = error ? NULL : SSL_new(context);
 
-    if (!error && (!ssl || SSL_set_fd(ssl, s->fd) != 1 || SSL_set_ex_data(ssl, 0, (void *)target) != 1 ||
+    if (!error && (!ssl || SSL_set_fd(ssl, s->fd) != 1 || SSL_set_ex_data(ssl, 0, &shaking) != 1 ||
                    name_peer(ssl, target) != 1))
         error = -ENOMEM;
     SSL_CTX_free(context); /* the session holds it */
     if (!error) {
         s->ssl = ssl;
         error = nbd_stream_handshake(s);
+        (void)SSL_set_ex_data(ssl, 0, NULL);
     }
     if (error) {
         long verified = ssl ? SSL_get_verify_result(ssl) : X509_V_OK;
