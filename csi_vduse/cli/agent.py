@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from csi_vduse.cli.options import Subcommands, add_agent_options, agent_config
 from csi_vduse.cli.processes import run_under_spawner
+from csi_vduse.dataplane import jail
 
 
 def add_parser(subcommands: Subcommands) -> None:
@@ -16,5 +18,9 @@ def add_parser(subcommands: Subcommands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run until SIGTERM."""
+    """Run until SIGTERM, with no more of root's powers than workers, bus and disks need."""
+    with contextlib.suppress(
+        OSError
+    ):  # who is not root has none to give up, and is told so by the first attach
+        jail.keep_capabilities(*jail.OF_AGENT)
     return run_under_spawner(agent_config(options))

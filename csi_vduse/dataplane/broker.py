@@ -53,7 +53,7 @@ def _become(config: Any, fd: int, life_fd: int, worker: int) -> None:  # noqa: A
         os.closerange(second + 1, os.sysconf("SC_OPEN_MAX"))
         jail.end_with_parent(signal.SIGKILL)
         if os.getppid() == worker:
-            jail.give_up_capabilities()
+            jail.become_broker()
             code = -lib.vd_nbd_broker(config, fd)
     except BaseException:  # noqa: BLE001 - the last frame of a process: say what happened and end
         traceback.print_exc()

@@ -20,7 +20,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 import pyseccomp
@@ -32,9 +32,23 @@ from csi_vduse.errors import PermissionDenied
 FIRST_USER: Final = 2_000_000_000
 _MAX_FILES: Final = 4096  # the driver's memory of a VM may be in hundreds
 _CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
-_CAPABILITIES: Final = range(
-    41
-)  # up to CAP_CHECKPOINT_RESTORE, linux/capability.h; more are refused one by one
+_CAPABILITIES: Final = range(64)  # those that this kernel does not know are refused, one by one
+
+# What the agent needs: for the bus (netlink in the host's namespace), for workers' jails and limits, to end workers (who
+# are not its user), to see who has a disk, and for pools that are not root's.
+OF_AGENT: Final = (
+    lib.CAP_SYS_ADMIN,
+    lib.CAP_NET_ADMIN,
+    lib.CAP_SETUID,
+    lib.CAP_SETGID,
+    lib.CAP_SETPCAP,
+    lib.CAP_SYS_RESOURCE,
+    lib.CAP_IPC_LOCK,
+    lib.CAP_KILL,
+    lib.CAP_SYS_PTRACE,
+    lib.CAP_DAC_OVERRIDE,
+    lib.CAP_DAC_READ_SEARCH,
+)
 
 # Landlock's rights by the version of its ABI (linux/landlock.h of 6.12; the build's headers may be older).
 _FILE_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
@@ -42,58 +56,18 @@ _ALL_TCP: Final = 0b11  # bind, connect; from version 4 on
 _ALL_SCOPES: Final = 0b11  # abstract unix sockets, signals; from version 6 on
 
 # By which it reads, writes, waits and answers; memory; threads; itself. On x86_64 and aarch64.
-_CALLS: Final = (
-    *("read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2"),
-    *(
-        "close",
-        "fstat",
-        "newfstatat",
-        "statx",
-        "fstatfs",
-        "lseek",
-        "fcntl",
-        "dup",
-        "eventfd2",
-        "memfd_create",
-        "ftruncate",
-    ),
-    *("poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "select", "pselect6"),
-    *(
-        "recvmsg",
-        "sendmsg",
-        "recvfrom",
-        "sendto",
-        "accept4",
-        "shutdown",
-        "getsockopt",
-        "setsockopt",
-        "getsockname",
-    ),
-    *("io_uring_setup", "io_uring_enter", "io_uring_register"),
-    *("munmap", "mremap", "madvise", "brk", "mlock", "mlock2", "munlock"),
-    *(
-        "futex",
-        "set_robust_list",
-        "rseq",
-        "sched_yield",
-        "sched_getaffinity",
-        "membarrier",
-        "gettid",
-        "getpid",
-    ),
-    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall"),
-    *(
-        "clock_gettime",
-        "clock_getres",
-        "clock_nanosleep",
-        "nanosleep",
-        "gettimeofday",
-        "time",
-        "getcpu",
-        "getrandom",
-    ),
-    *("exit", "exit_group", "getuid", "geteuid", "getgid", "getegid", "getrusage", "uname", "sysinfo"),
-)
+_CALLS: Final = """
+    read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2
+    close fstat newfstatat statx fstatfs lseek fcntl dup eventfd2 memfd_create ftruncate
+    poll ppoll epoll_create1 epoll_ctl epoll_wait epoll_pwait select pselect6
+    recvmsg sendmsg recvfrom sendto accept4 shutdown getsockopt setsockopt getsockname
+    io_uring_setup io_uring_enter io_uring_register
+    munmap mremap madvise brk mlock mlock2 munlock
+    futex set_robust_list rseq sched_yield sched_getaffinity membarrier gettid getpid
+    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
+    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time getcpu getrandom
+    exit exit_group getuid geteuid getgid getegid getrusage uname sysinfo
+"""
 # ioctls, by the bits of their number that count: VDUSE's own (type 0x81), the size of a block device, blocking or not.
 _IOCTLS: Final = ((0xFF00, 0x8100), (0xFFFFFFFF, 0x80081272), (0xFFFFFFFF, 0x5421))
 
@@ -127,16 +101,28 @@ def end_with_parent(number: int) -> None:
     _call("prctl", lib.prctl(lib.PR_SET_PDEATHSIG, number, 0, 0, 0))
 
 
-def give_up_capabilities() -> None:
-    """Stay root, with what root's files and sockets give, and nothing beyond: for a worker's broker.
+def keep_capabilities(*kept: int) -> None:
+    """Stay root, with what root's files and sockets give and these capabilities, and have no others again.
+
+    Raises:
+        OSError: not root.
+    """
+    _drop_bounding_set(kept)
+    mask = sum(1 << capability for capability in kept)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    header = struct.pack("=IiI", _CAPABILITY_VERSION, 0, 0)
+    sets = struct.pack("=6I", low, low, 0, high, high, 0)  # effective, permitted, inheritable
+    _call("capset", lib.syscall3(lib.SYS_capset, ffi.from_buffer(header), ffi.from_buffer(sets), 0))
+
+
+def become_broker() -> None:
+    """Keep root's files and sockets, and nothing else.
 
     Raises:
         OSError: not root.
     """
     _limits()
-    _drop_bounding_set()
-    header, none = struct.pack("=IiI", _CAPABILITY_VERSION, 0, 0), bytes(24)
-    _call("capset", lib.syscall3(lib.SYS_capset, ffi.from_buffer(header), ffi.from_buffer(none), 0))
+    keep_capabilities()
     _call("no_new_privs", lib.prctl(lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
@@ -192,8 +178,8 @@ def _limits() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
 
-def _drop_bounding_set() -> None:
-    for capability in _CAPABILITIES:
+def _drop_bounding_set(kept: Collection[int] = ()) -> None:
+    for capability in set(_CAPABILITIES) - set(kept):
         if lib.prctl(lib.PR_CAPBSET_DROP, capability, 0, 0, 0) and ffi.errno != errno.EINVAL:
             raise OSError(ffi.errno, f"dropping capability {capability}: {os.strerror(ffi.errno)}")
 
@@ -228,7 +214,7 @@ def _filter_calls() -> None:
     """Refuse (EPERM) whatever is not on the list: a call that we forgot must not be the end of a volume."""
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     rules.set_attr(pyseccomp.Attr.CTL_TSYNC, 1)  # whatever other thread there may be
-    for name in _CALLS:
+    for name in _CALLS.split():
         _allow(rules, name)
     for mask, number in _IOCTLS:
         _allow(rules, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, mask, number))

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "engine.h"
 #include "harness.h"
@@ -50,5 +51,20 @@ CASE(a_kernel_that_takes_nothing_is_not_asked_without_a_pause)
     nanosleep(&(struct timespec){ .tv_nsec = 300000000 }, NULL);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
     CHECK((after.tv_sec - before.tv_sec) * 1000 + (after.tv_nsec - before.tv_nsec) / 1000000 < 60);
+    rig_close(&rig);
+}
+
+CASE(a_ring_does_what_the_engine_asks_of_it_and_nothing_else)
+{
+    struct io_uring_restriction opening = { .opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_OPENAT };
+    struct rig rig;
+
+    rig_open(&rig, (struct plan){ 0 });
+    /* What a ring may do can be said once, before it serves: it was. Nor can it have files or buffers registered. */
+    int fd = rig.engine->queues[0]->uring.ring_fd;
+
+    CHECK(syscall(SYS_io_uring_register, fd, IORING_REGISTER_RESTRICTIONS, &opening, 1) < 0);
+    CHECK(syscall(SYS_io_uring_register, fd, IORING_REGISTER_FILES, &fd, 1) < 0 && (errno == EACCES || errno == EEXIST));
+    blk_prove(&rig, 0);
     rig_close(&rig);
 }

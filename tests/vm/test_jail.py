@@ -212,3 +212,10 @@ def test_who_connects_for_a_worker_has_no_power_and_is_replaced_with_it(shared: 
         kill(_worker(shared))
         wait_until(lambda: not Path(f"/proc/{second}").exists(), "end of the broker")
         wait_until(lambda: inspect(shared).attachment.state == agent_pb2.STATE_ATTACHED, "service")
+
+
+def test_the_agent_has_the_powers_that_it_needs_and_no_others(shared: RunningAgent):
+    for pid in (shared.process.pid, shared.child_pid()):
+        kept = sum(1 << capability for capability in jail.OF_AGENT)
+        status = _status(pid)
+        assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")} == {kept}

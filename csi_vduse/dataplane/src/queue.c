@@ -25,6 +25,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "queue.h"
@@ -425,18 +426,39 @@ static enum command read_command(struct vd_queue *q)
     return command;
 }
 
+/* What this engine asks of a ring, whatever comes to be written into one: no more is done. 0 or -errno. */
+static int restrict_uring(struct io_uring *ring)
+{
+    static const uint8_t used[] = {
+        IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_WRITE, IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_URING_CMD,
+        IORING_OP_SENDMSG, IORING_OP_RECVMSG, IORING_OP_POLL_ADD, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL,
+    };
+    struct io_uring_restriction restrictions[sizeof(used)] = { 0 };
+
+    for (size_t i = 0; i < sizeof(used); i++)
+        restrictions[i] = (struct io_uring_restriction){ .opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = used[i] };
+    /* Not by liburing's own functions, which the library lacks up to 2.3. */
+    if (syscall(SYS_io_uring_register, ring->ring_fd, IORING_REGISTER_RESTRICTIONS, restrictions, sizeof(used)) ||
+        syscall(SYS_io_uring_register, ring->ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0))
+        return -errno;
+    return 0;
+}
+
 static int open_uring(struct vd_queue *q)
 {
     /* Completions are collected by this thread when it asks, not by interrupting it (Linux 6.1). */
     struct io_uring_params params = { .flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-                                               IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_CLAMP };
+                                               IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_CLAMP |
+                                               IORING_SETUP_R_DISABLED };
     unsigned entries = q->config.size < 64 ? 64 : q->config.size;
     int error = io_uring_queue_init_params(entries, &q->uring, &params);
 
     if (error == -EINVAL) {
-        params = (struct io_uring_params){ .flags = IORING_SETUP_CLAMP };
+        params = (struct io_uring_params){ .flags = IORING_SETUP_CLAMP | IORING_SETUP_R_DISABLED };
         error = io_uring_queue_init_params(entries, &q->uring, &params);
     }
+    if (!error && (error = restrict_uring(&q->uring)))
+        io_uring_queue_exit(&q->uring);
     q->without_uring = error && q->engine->ops->without_uring;
     return q->without_uring ? 0 : error;
 }
