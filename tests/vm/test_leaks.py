@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from csi_vduse.proto import agent_pb2
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing, wait_until
 
 CYCLES = 100
 # The kernel makes and removes one device at a time, so that the last of many waits for all.
@@ -82,6 +82,8 @@ def test_a_hundred_cycles_leave_nothing_behind(shared: RunningAgent, tmp_path: P
         one_round(
             0
         )  # what is allocated once, such as caches and thread pools, is there after the first round
+        # A detach has seen its worker's end, which the spawner reaps a moment later.
+        wait_until(lambda: children(shared.process.pid) == 1, "end of all workers")
         before = {name: (descriptors(pid), children(pid)) for name, pid in processes.items()}
         memory = {name: [memory_bytes(pid)] for name, pid in processes.items()}
         sockets = generic_netlink_sockets()
@@ -89,6 +91,7 @@ def test_a_hundred_cycles_leave_nothing_behind(shared: RunningAgent, tmp_path: P
             one_round(number * AT_ONCE)
             for name, pid in processes.items():
                 memory[name].append(memory_bytes(pid))
+    wait_until(lambda: children(shared.process.pid) == 1, "end of all workers")
     for name, pid in processes.items():
         assert (descriptors(pid), children(pid)) == before[name], name
         grown = [after - earlier for earlier, after in itertools.pairwise(memory[name])]
