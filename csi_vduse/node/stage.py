@@ -21,7 +21,7 @@ from csi_vduse.node.disk import prove_disk
 from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
 from csi_vduse.node.foreign import EPOCH, URI
-from csi_vduse.node.formatting import ensure_formatted
+from csi_vduse.node.formatting import ensure_formatted, forget_begun_format
 from csi_vduse.node.options import combine
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.volumes.model import Volume
@@ -61,6 +61,8 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
     volume = await described_volume(node, request, observed)
     refuse_impossible(volume, request.use)
     await clear_stale(node, observed, request.staging_path)
+    if request.use.filesystem is None and not request.read_only:
+        await forget_begun_format(node, volume)
     async with AsyncExitStack() as undo:
         attachment = await attach(node, volume, observed, request, undo)
         device = serving_device(attachment)

@@ -10,7 +10,7 @@ import time
 from csi_vduse.errors import AlreadyExists, InvalidArgument, OutOfRange
 from csi_vduse.services.validation import CreateVolume, ExpandVolume
 from csi_vduse.volumes import sizes
-from csi_vduse.volumes.model import Snapshot, State, Volume
+from csi_vduse.volumes.model import Snapshot, State, Volume, record_of_copy
 from csi_vduse.volumes.policy import Use, is_shared, objection
 from csi_vduse.volumes.topology import Segments, satisfies
 
@@ -50,7 +50,7 @@ def new_volume(
         ),
         parameters=request.asked.resolve(block_size_bytes(source)),
         source=request.source,
-        filesystem=source.filesystem if source else None,
+        filesystem=record_of_copy(source.filesystem) if source else None,
         state=State.CREATING,
         created_at_ns=time.time_ns(),
         throttle=request.asked.throttle,

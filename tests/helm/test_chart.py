@@ -19,7 +19,7 @@ from csi_vduse import DRIVER_NAME, __version__, metrics
 from csi_vduse.cli.main import main
 from csi_vduse.kube.resources import NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.volumes import kubernetes_objects as objects
-from csi_vduse.volumes.model import State
+from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, State
 from lab.dashboard import prometheus
 from tests.unit.volumes.test_registry_directory import a_snapshot, a_volume
 
@@ -294,7 +294,9 @@ def conforms(value, schema, path="") -> None:
 
 
 def test_what_we_write_is_what_the_custom_resources_hold(default):
-    for volume in (a_volume(node="n1"), a_volume(source=None, filesystem=None, state=State.CREATING)):
+    begun = FilesystemRecord("ext4", FilesystemState.FORMATTING, "11111111-1111-4111-8111-111111111111")
+    bare = a_volume(source=None, filesystem=None, state=State.CREATING)
+    for volume in (a_volume(node="n1"), bare, a_volume(filesystem=begun)):
         written = objects.volume_object(volume)
         schema = schema_of(default, "vdusevolumes")["properties"]
         conforms(written["spec"], schema["spec"], "spec")
