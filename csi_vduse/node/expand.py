@@ -1,7 +1,7 @@
 """NodeExpandVolume: the device, then the file system on it, take over the capacity that the registry has.
 
 The controller has grown the image before; here nothing is made larger than the registry says, and the answer
-is given only when the size was seen.
+is given only when the size was seen. Of a volume that the registry does not know its server says how large it is.
 """
 
 from __future__ import annotations
@@ -29,21 +29,25 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
 
     Raises:
         NotFound: no such volume, or it is not on this node at that path.
-        OutOfRange: its capacity is not what the caller wants; the controller has to expand first.
+        OutOfRange: its capacity is not what the caller wants; the controller, or its server, has to grow it first.
         FailedPrecondition: it is mounted read-only, or the file system did not grow.
         Unavailable, DeadlineExceeded: the device does not answer.
     """
     volume = await get_volume(node, volume_id)
-    if not wanted.allows(volume.capacity_bytes):
-        raise OutOfRange(
-            f"volume {volume_id} has {volume.capacity_bytes} bytes; {wanted.required_bytes} to"
-            f" {wanted.limit_bytes or 'any'} are wanted",
-            hint="ControllerExpandVolume comes first",
-        )
     observed = await look(node, volume_id)
     if observed.attachment is None:
         raise FailedPrecondition(f"volume {volume_id} is not staged on this node", hint="stage it first")
     serving_device(observed.attachment)
+    grown = None
+    if node.foreign is not None:
+        grown = await node.foreign.take_over_growth(volume_id, observed.attachment.spec.backend)
+    volume = grown or volume
+    if not wanted.allows(volume.capacity_bytes):
+        raise OutOfRange(
+            f"volume {volume_id} has {volume.capacity_bytes} bytes; {wanted.required_bytes} to"
+            f" {wanted.limit_bytes or 'any'} are wanted",
+            hint="grow the export at its server first" if grown else "ControllerExpandVolume comes first",
+        )
     attachment = await node.agent.resize(volume_id, volume.capacity_bytes)
     device = serving_device(attachment)
     if attachment.spec.bus is not Bus.VIRTIO:

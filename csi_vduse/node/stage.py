@@ -24,6 +24,7 @@ from csi_vduse.node.foreign import EPOCH, URI
 from csi_vduse.node.formatting import ensure_formatted, forget_begun_format
 from csi_vduse.node.options import combine
 from csi_vduse.node.stale import clear_stale
+from csi_vduse.volumes.context import READ_ONLY
 from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use, objection
 
@@ -32,18 +33,24 @@ from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use, objection
 class StageRequest:
     """What is to be staged, where and how; the path as check_path returns it.
 
-    context: the volume's attributes, and what ControllerPublishVolume told.
+    Args:
+        volume_id: what.
+        staging_path: where.
+        use: how.
+        context: the volume's attributes, and what ControllerPublishVolume told.
+        served_read_only: its server refuses writes.
     """
 
     volume_id: str
     staging_path: str
     use: Use
     context: Mapping[str, str] = field(default_factory=dict)
+    served_read_only: bool = False
 
     @property
     def read_only(self) -> bool:
         """Whether the device itself refuses writes."""
-        return self.use.mode in READER_MODES
+        return self.served_read_only or self.use.mode in READER_MODES or self.context.get(READ_ONLY) == "true"
 
 
 async def stage(node: NodeContext, request: StageRequest) -> None:
@@ -58,7 +65,8 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         DataLoss: its file system is damaged, or gone.
     """
     observed = await look(node, request.volume_id)
-    volume = await described_volume(node, request, observed)
+    volume, served_read_only = await described_volume(node, request, observed)
+    request = replace(request, served_read_only=served_read_only)
     refuse_impossible(volume, request.use)
     await clear_stale(node, observed, request.staging_path)
     if request.use.filesystem is None and not request.read_only:
@@ -81,17 +89,20 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         undo.pop_all()
 
 
-async def described_volume(node: NodeContext, request: StageRequest, observed: Observed) -> Volume:
-    """Return the registry's volume, or one that it does not know and the request describes."""
+async def described_volume(
+    node: NodeContext, request: StageRequest, observed: Observed
+) -> tuple[Volume, bool]:
+    """Return the registry's volume, or one that the request describes; and whether its server refuses writes."""
     known = await node.registry.get_volume(request.volume_id)
     if known is not None or node.foreign is None or URI not in request.context:
-        return await get_volume(node, request.volume_id)
+        return await get_volume(node, request.volume_id), False
+    given = None
     if observed.attachment is not None:
-        present = await node.foreign.find(request.volume_id)
-        if present is not None:
-            return replace(present, filesystem=None)
-    refuse_unfenced(request)
-    return await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+        given = await node.foreign.staged(request.volume_id, request.context)
+    if given is None:
+        refuse_unfenced(request)
+        given = await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+    return given.volume, given.read_only
 
 
 def refuse_unfenced(request: StageRequest) -> None:

@@ -20,6 +20,7 @@ from csi_vduse.errors import (
     Unavailable,
 )
 from csi_vduse.node.filesystems import get_filesystem
+from csi_vduse.node.stage import StageRequest, stage
 from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
 from tests.unit.node.conftest import MIB, READER, LoopNode, use
@@ -213,6 +214,22 @@ async def test_reader_mode_makes_a_read_only_device_and_mount(loop_node: LoopNod
         Path(path, "g").write_text("x")
     await loop_node.unstage(volume)
     assert loop_node.image(volume).read_bytes() == before
+
+
+async def test_what_was_published_for_reading_is_read_only_whatever_its_access_mode(
+    loop_node: LoopNode,
+) -> None:
+    volume = await loop_node.create()
+    path = await loop_node.stage(volume, use())
+    Path(path, "f").write_text("x")
+    await loop_node.unstage(volume)
+    for _ in range(2):
+        await stage(loop_node.node, StageRequest(volume.id, path, use(), {"readOnly": "true"}))
+    for _ in range(2):
+        target = await loop_node.publish(volume, "pod", use())
+    assert Path(target, "f").read_text() == "x"
+    with pytest.raises(OSError, match="Read-only"):
+        Path(target, "g").write_text("x")
 
 
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
