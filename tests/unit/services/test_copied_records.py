@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 
 from csi_vduse.backends.file import FilePool
+from csi_vduse.errors import InvalidArgument
+from csi_vduse.proto import csi_pb2
+from csi_vduse.volumes.ids import volume_id
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
-from tests.unit.services.stack import Stack
+from tests.unit.services.stack import MIB, Stack, block, mount
 
 FORMATTING = FilesystemRecord("ext4", FilesystemState.FORMATTING)
 FORMATTED = FilesystemRecord("ext4", FilesystemState.FORMATTED)
@@ -101,3 +104,34 @@ async def test_a_copy_is_called_formatted_only_if_its_source_was_before_it_was_c
     pool.cut.set()
     clone = await stack.create("clone", from_volume=volume.volume_id)
     assert (await stack.registry.get_volume(clone.volume_id)).filesystem == FORMATTED
+
+
+@pytest.mark.parametrize("kind", ["volume", "snapshot"])
+async def test_a_copy_with_another_file_system_than_its_source_has_is_refused_at_once(stack, pool, kind):
+    """And not by every NodeStageVolume for ever, after all its bytes were copied."""
+    volume = await stack.create(required=320 * MIB)
+    await set_record(stack, volume.volume_id, FORMATTED)
+    pool.cut.set()
+    source = {"from_volume": volume.volume_id}
+    if kind == "snapshot":
+        source = {"from_snapshot": (await stack.snapshot(volume.volume_id)).snapshot_id}
+    with pytest.raises(InvalidArgument, match="formatted as ext4, not as xfs"):
+        await stack.create("copy", required=320 * MIB, capabilities=(mount("xfs"),), **source)
+    assert not pool_has(stack, pool, "copy")
+    await stack.create("raw", required=320 * MIB, capabilities=(block(),), **source)
+    await stack.create("same", required=320 * MIB, capabilities=(mount("ext4"),), **source)
+
+
+async def test_a_formatted_volume_is_not_confirmed_for_another_file_system(stack, pool):
+    volume = await stack.create(required=320 * MIB)
+    await set_record(stack, volume.volume_id, FORMATTED)
+    request = csi_pb2.ValidateVolumeCapabilitiesRequest(
+        volume_id=volume.volume_id, volume_capabilities=[mount("xfs")]
+    )
+    answer = await stack.controller.ValidateVolumeCapabilities(request, None)
+    assert not answer.HasField("confirmed")
+    assert "formatted as ext4" in answer.message
+
+
+def pool_has(stack, pool, name):
+    return stack.image(volume_id(name), pool.name).exists()

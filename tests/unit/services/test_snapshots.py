@@ -21,7 +21,7 @@ from csi_vduse.services import copies
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
 from csi_vduse.volumes.model import State as RecordState
-from tests.unit.services.stack import MIB, Stack, create_request
+from tests.unit.services.stack import MIB, Stack, create_request, mount
 
 FORMATTED = FilesystemRecord("xfs", FilesystemState.FORMATTED)
 
@@ -143,8 +143,9 @@ async def test_copies_inherit_the_file_system_record(stack, volume):
     stored = await stack.registry.get_volume(volume.volume_id)
     await stack.registry.put_volume(replace(stored, filesystem=FORMATTED))
     snapshot = await stack.snapshot(volume.volume_id)
-    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id)
-    clone = await stack.create("clone", from_volume=volume.volume_id)
+    like = {"capabilities": (mount("xfs"),), "required": 300 * MIB}
+    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id, **like)
+    clone = await stack.create("clone", from_volume=volume.volume_id, **like)
     for copy in (restored, clone):
         assert (await stack.registry.get_volume(copy.volume_id)).filesystem == FORMATTED
 
