@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from csi_vduse.agent.model import Bus
 from csi_vduse.errors import FailedPrecondition, OutOfRange
-from csi_vduse.node.context import NodeContext, device_number, get_volume, look, serving_device
+from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
 from csi_vduse.node.disk import wait_for_size
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
+from csi_vduse.node.mounts import Mount
 from csi_vduse.volumes.sizes import CapacityRange
 
 # A file system may leave less than this unused at the end: ext4 takes no last block group too small for its
@@ -54,7 +55,7 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
         return volume.capacity_bytes
     number = device_number(device)
     await wait_for_size(node.sysfs, number, volume.capacity_bytes)
-    mounted = [mount for mount in observed.mounted() if mount.root == "/"]
+    mounted = whole_file_systems(observed)
     if not mounted:
         return volume.capacity_bytes
     at = next((mount for mount in mounted if mount.mount_point == volume_path), mounted[0])
@@ -69,6 +70,25 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
         get_filesystem(at.fs_type), str(device.path), writable.mount_point, volume.capacity_bytes
     )
     return volume.capacity_bytes
+
+
+def whole_file_systems(observed: Observed) -> tuple[Mount, ...]:
+    """Return the mounts of the volume through which its file system can grow; nothing if it is not mounted.
+
+    A part of it that is mounted elsewhere (kubelet's subPath) may be a file. A subvolume of btrfs, which shows as a part
+    too, is as good as the whole: it is what a default subvolume or `subvol=` mounts.
+
+    Raises:
+        FailedPrecondition: only parts are mounted.
+    """
+    mounted = observed.mounted()
+    whole = tuple(mount for mount in mounted if mount.root == "/" or mount.fs_type == "btrfs")
+    if mounted and not whole:
+        raise FailedPrecondition(
+            f"only a part of the volume's file system is mounted, at {mounted[0].mount_point}; it cannot grow so",
+            hint="stage the volume",
+        )
+    return whole
 
 
 async def fill_device(filesystem: Filesystem, device: str, mount_point: str, size_bytes: int) -> None:
