@@ -22,7 +22,7 @@ from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
 from csi_vduse.node.foreign import EPOCH, URI
 from csi_vduse.node.formatting import ensure_formatted, forget_begun_format
-from csi_vduse.node.options import combine
+from csi_vduse.node.options import combine, of_staging
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.volumes.context import READ_ONLY
 from csi_vduse.volumes.model import Volume
@@ -192,7 +192,8 @@ def is_mounted(observed: Observed, request: StageRequest, filesystem: Filesystem
         return False
     if top.fs_type != filesystem.name:
         raise AlreadyExists(f"the volume is staged as {top.fs_type}; {filesystem.name} was asked for")
-    if top.is_write_protected and not request.read_only:
+    # With the option it may be staged so on purpose: with others that need it, or by a release that knew no better.
+    if top.is_write_protected and not request.read_only and "ro" not in request.use.mount_flags:
         raise FailedPrecondition(
             f"the file system at {request.staging_path} has become read-only",
             hint="it met I/O errors: look at the kernel log, unstage the volume and stage it again",
@@ -240,7 +241,7 @@ def prepare_directory(path: str, undo: AsyncExitStack) -> None:
 
 async def mount_file_system(device: str, request: StageRequest, filesystem: Filesystem) -> None:
     """Mount; on a device that refuses writes, without replaying the log if that is what stands in the way."""
-    flags = request.use.mount_flags
+    flags = of_staging(request.use.mount_flags)
     options = combine(filesystem.default_options, flags, read_only=request.read_only)
     try:
         await mounts.mount_device(device, request.staging_path, fs_type=filesystem.name, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,13 @@ from csi_vduse.errors import (
     NotFound,
     Unavailable,
 )
+from csi_vduse.node.expand import expand
 from csi_vduse.node.filesystems import get_filesystem
 from csi_vduse.node.stage import StageRequest, stage
+from csi_vduse.node.stats import volume_health
 from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
+from csi_vduse.volumes.sizes import CapacityRange
 from tests.unit.node.conftest import MIB, READER, LoopNode, use
 
 SIZES_MIB = {"ext4": 64, "xfs": 320, "btrfs": 256}
@@ -230,6 +234,34 @@ async def test_what_was_published_for_reading_is_read_only_whatever_its_access_m
     assert Path(target, "f").read_text() == "x"
     with pytest.raises(OSError, match="Read-only"):
         Path(target, "g").write_text("x")
+
+
+async def test_mount_option_ro_is_of_the_target_and_the_volume_can_be_staged_again(
+    loop_node: LoopNode,
+) -> None:
+    """A class with mountOptions [ro]: the disk and the staging mount are writable, so that the volume can be used so."""
+    volume = await loop_node.create(size_mib=320)
+    how = use("xfs", use().mode, "ro", "noatime")
+    for _ in range(2):
+        path = await loop_node.stage(volume, how)
+        target = await loop_node.publish(volume, "pod", how)
+    with pytest.raises(OSError, match="Read-only"):
+        Path(target, "f").write_text("x")
+    Path(path, "f").write_text("x")
+    assert await volume_health(loop_node.node, volume.id) == ()
+    await loop_node.grow(volume, 400)
+    assert await expand(loop_node.node, volume.id, target, CapacityRange()) == 400 * MIB
+    assert os.statvfs(path).f_blocks * 4096 > 320 * MIB
+
+
+async def test_mount_option_ro_stays_where_another_option_needs_it(loop_node: LoopNode) -> None:
+    volume = await loop_node.create(size_mib=320)
+    await loop_node.stage(volume, use("xfs"))
+    await loop_node.unstage(volume)
+    how = use("xfs", use().mode, "ro", "norecovery")
+    for _ in range(2):
+        await loop_node.stage(volume, how)
+        await loop_node.publish(volume, "pod", how)
 
 
 @pytest.mark.parametrize("fs", ["ext4", "xfs"])
