@@ -79,6 +79,7 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
                 node.sysfs,
                 device_number(device),
                 volume_id=volume.id,
+                serial=attachment.spec.disk_serial,
                 size_bytes=volume.capacity_bytes,
                 read_only=request.read_only,
             )

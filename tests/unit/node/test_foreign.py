@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from csi_vduse.agent.model import disk_serial
 from csi_vduse.backends.nbd import data_path
 from csi_vduse.dataplane.backend_spec import BackendSpec
 from csi_vduse.errors import (
@@ -279,6 +280,21 @@ async def test_an_export_that_did_not_grow_is_grown_at_its_server_first(
     with pytest.raises(OutOfRange, match="grow the export at its server"):
         await expand(node.node, ID, str(path), CapacityRange(2 * SIZE))
     await unstage(node.node, ID, staging(node))
+
+
+@pytest.mark.parametrize("id_", ["größe-der-datenbank", "erp-databases-of-1999-a"])
+async def test_a_volume_of_whatever_handle_is_proved_to_be_the_disk(
+    node: LoopNode, server: StorageServer, id_: str
+) -> None:
+    context = await told(server)
+    await stage(node.node, StageRequest(id_, staging(node), use("ext4"), context))
+    attachment = node.agent.attachments[id_]
+    # A disk of an attachment of a release before has the id, cut, for its serial.
+    node.agent.attachments[id_] = replace(attachment, spec=replace(attachment.spec, serial=id_))
+    await unstage(node.node, id_, staging(node))
+    node.agent.wrong_serial = disk_serial(id_ + "another that begins alike")
+    with pytest.raises(FailedPrecondition, match="is not what volume"):
+        await stage(node.node, StageRequest(id_, staging(node), use("ext4"), context))
 
 
 async def test_without_an_export_there_is_no_volume(node: LoopNode) -> None:

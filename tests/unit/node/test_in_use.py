@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from csi_vduse.errors import DataLoss, FailedPrecondition, Unavailable, VduseErr
 from csi_vduse.node.filesystems import Making, get_filesystem
 from tests.unit.namespaces import elsewhere
 from tests.unit.node.conftest import LoopNode, use
-from tests.unit.node.loop_agent import losetup
+from tests.unit.node.loop_agent import detach_loop, losetup
 from tests.unit.node.test_stage import SIZES_MIB, nothing_left
 
 
@@ -111,7 +110,7 @@ async def test_a_loop_device_over_a_published_disk_is_named(loop_node: LoopNode)
         with pytest.raises(FailedPrecondition, match=f"cannot unmount.*{loop.removeprefix('/dev/')}"):
             await loop_node.unpublish(volume, "raw")
     finally:
-        losetup("--detach", loop)
+        detach_loop(loop)
     await loop_node.unpublish(volume, "raw")
     await loop_node.unstage(volume)
     nothing_left(loop_node)
@@ -127,6 +126,5 @@ async def test_a_loop_device_over_a_file_of_a_staged_volume_is_named(loop_node: 
         with pytest.raises(FailedPrecondition, match=f"cannot unmount.*{loop.removeprefix('/dev/')}"):
             await loop_node.unstage(volume)
     finally:
-        losetup("--detach", loop)
+        detach_loop(loop)
     await loop_node.unstage(volume)
-    assert not subprocess.run(["losetup", "-j", path / "image"], check=True, capture_output=True).stdout

@@ -14,7 +14,7 @@ from csi_vduse.errors import FailedPrecondition
 from csi_vduse.vdpa.model import BusDevice
 from csi_vduse.vdpa.sysfs import Roots, Sysfs
 from tests.unit.namespaces import elsewhere
-from tests.unit.node.loop_agent import loop_works, losetup
+from tests.unit.node.loop_agent import detach_loop, loop_works, losetup
 
 pytestmark = pytest.mark.skipif(not loop_works(), reason="no loop devices here (needs root)")
 SIZES_MIB = {"ext4": 16, "btrfs": 128}
@@ -27,7 +27,7 @@ def loop_over(path: Path | str) -> Iterator[BusDevice]:
         number = Path(name).stat().st_rdev
         yield BusDevice(Path(name), os.major(number), os.minor(number))
     finally:
-        losetup("--detach", name)
+        detach_loop(name)
 
 
 @pytest.fixture
