@@ -6,11 +6,14 @@ is given only when the size was seen. Of a volume that the registry does not kno
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 from csi_vduse.agent.model import Bus
 from csi_vduse.errors import FailedPrecondition, OutOfRange
 from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
 from csi_vduse.node.disk import wait_for_size
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
+from csi_vduse.node.limits import lift
 from csi_vduse.node.mounts import Mount
 from csi_vduse.volumes.sizes import CapacityRange
 
@@ -66,9 +69,11 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
         )
     # A read-only bind refuses the ioctl: grow through a writable mount point of the same file system.
     writable = next((mount for mount in mounted if not mount.read_only), at)
-    await fill_device(
-        get_filesystem(at.fs_type), str(device.path), writable.mount_point, volume.capacity_bytes
-    )
+    async with AsyncExitStack() as undo:
+        await lift(node, attachment, undo, otherwise=volume.throttle)
+        await fill_device(
+            get_filesystem(at.fs_type), str(device.path), writable.mount_point, volume.capacity_bytes
+        )
     return volume.capacity_bytes
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, AttachSpec, Bus, BusDevice, State
+from csi_vduse.dataplane.throttle import UNLIMITED
 from csi_vduse.errors import AlreadyExists, CommandFailed, FailedPrecondition, InvalidArgument
 from csi_vduse.node import mounts
 from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
@@ -22,6 +23,7 @@ from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
 from csi_vduse.node.foreign import EPOCH, URI
 from csi_vduse.node.formatting import ensure_formatted, forget_begun_format
+from csi_vduse.node.limits import lift
 from csi_vduse.node.options import combine, of_staging
 from csi_vduse.node.stale import clear_stale
 from csi_vduse.volumes.context import READ_ONLY
@@ -86,7 +88,11 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         if request.use.filesystem is None:
             refuse_mounted(observed)
         elif not is_mounted(observed, request, get_filesystem(request.use.filesystem)):
+            await lift(node, attachment, undo)
             await mount_volume(node, volume, device, request, undo)
+            attachment = replace(attachment, spec=replace(attachment.spec, throttle=UNLIMITED))
+        if attachment.spec.throttle != volume.throttle:
+            await node.agent.throttle(volume.id, volume.throttle)
         undo.pop_all()
 
 
@@ -125,7 +131,7 @@ def refuse_impossible(volume: Volume, use: Use) -> None:
 async def attach(
     node: NodeContext, volume: Volume, observed: Observed, request: StageRequest, undo: AsyncExitStack
 ) -> Attachment:
-    """Have the agent attach the volume, or take the attachment that is there if it is the same."""
+    """Have the agent attach the volume, without limits yet, or take the attachment that is there if it is the same."""
     parameters = volume.parameters
     spec = AttachSpec(
         volume_id=volume.id,
@@ -136,7 +142,6 @@ async def attach(
         queues=parameters.queues,
         queue_size=parameters.queue_size,
         block_size_bytes=parameters.block_size_bytes,
-        throttle=volume.throttle,
     )
     present = observed.attachment
     if present is None:
@@ -155,8 +160,6 @@ async def attach(
         raise AlreadyExists(
             f"volume {volume.id} is staged {mode}", hint="unstage it before staging it otherwise"
         )
-    if present.spec.throttle != volume.throttle:
-        present = await node.agent.throttle(volume.id, volume.throttle)
     if present.spec.capacity_bytes != volume.capacity_bytes:
         return await node.agent.resize(volume.id, volume.capacity_bytes)
     return present
