@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from csi_vduse import DRIVER_NAME, __version__, metrics
+from csi_vduse.backends.file import parse_location
 from csi_vduse.cli.main import main
+from csi_vduse.config import parse_pools
 from csi_vduse.kube.resources import NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.volumes import kubernetes_objects as objects
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, State
@@ -257,6 +259,19 @@ def test_every_command_line_is_one_that_the_program_knows(fixture, request, monk
                 arguments = [text.replace("$(NODE_NAME)", "n1") for text in container["args"]]
                 assert main(arguments) == 0, capsys.readouterr().err
     assert sorted(ran) == ["controller", "node"]
+
+
+def test_a_pool_may_allow_long_holds(helm):
+    found = rendered(
+        helm, "--set", "pools[0].name=a,pools[0].kind=file,pools[0].path=/a,pools[0].maxHoldSeconds=120"
+    )
+    (arguments,) = (
+        each["spec"]["template"]["spec"]["containers"][0]["args"]
+        for name, each in of_kind(found, "DaemonSet").items()
+        if name.endswith("node")
+    )
+    (pool,) = parse_pools([text.removeprefix("--pool=") for text in arguments if text.startswith("--pool=")])
+    assert parse_location(pool.location).max_hold_s == 120
 
 
 def crd(found: list[dict], plural: str) -> dict:
