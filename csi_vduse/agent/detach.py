@@ -86,7 +86,7 @@ async def detach(
         look_first = True
     async with AsyncExitStack() as undo:
         if worker is not None and attachment.spec.throttle != UNLIMITED:
-            undo.push_async_callback(set_throttle, node, worker, attachment.spec.throttle)
+            undo.push_async_callback(_limit_again, node, attachment, worker)
             await set_throttle(node, worker, UNLIMITED)
         if look_first:
             await _refuse_if_used(node, attachment)
@@ -103,6 +103,14 @@ async def detach(
         await worker.stop(timeout_s=_STOP_TIMEOUT_S)
     await node.kernel.destroy(name)
     node.store.forget(name)
+
+
+async def _limit_again(node: Node, attachment: Attachment, worker: Worker) -> None:
+    """Put the limits in force again; a worker that has died meanwhile has a successor that knows them from the record."""
+    try:
+        await set_throttle(node, worker, attachment.spec.throttle)
+    except VduseError as error:
+        log.get().warning("limits are not in force again", volume_id=attachment.volume_id, error=str(error))
 
 
 async def _unless_given_up(

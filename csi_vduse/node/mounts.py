@@ -265,8 +265,8 @@ def _loops_over(path: str) -> list[str]:
     mount = top_mount(read_mounts(), path)
     # Of a bound device node; the root of a file system may be on a device that does not answer.
     is_node = mount is not None and mount.fs_type in _DEVICE_NODES
-    number = os.stat(path).st_rdev or None if is_node else None  # noqa: PTH116 - in a thread
-    return loops_over(SYS, DEV, path=path, number=number)
+    numbers = [os.stat(path).st_rdev] if is_node else []  # noqa: PTH116 - in a thread
+    return loops_over(SYS, DEV, path=path, numbers=numbers)
 
 
 def _expect_mounted(target: str) -> Mount:

@@ -14,11 +14,23 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_vduse.vdpa.model import BusDevice
+
 # linux/loop.h: LOOP_GET_STATUS64, struct loop_info64; its third field is the device number of the file below, if that
 # is a device node.
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64_BYTES = 232
 _LOOP_INFO64_HEAD = struct.Struct("=QQQ")
+
+
+def numbers_of(sys: Path, disk: BusDevice) -> frozenset[tuple[int, int]]:
+    """Return the numbers (major, minor) of a disk and of its partitions."""
+    found = {(disk.major, disk.minor)}
+    for file in (sys / "dev/block" / f"{disk.major}:{disk.minor}").glob(f"{disk.path.name}*/dev"):
+        with contextlib.suppress(OSError, ValueError):
+            major, minor = file.read_text().split(":")
+            found.add((int(major), int(minor)))
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -74,14 +86,14 @@ def mounts_anywhere(proc: Path, numbers: Collection[str], path: str) -> list[str
     return found
 
 
-def loops_over(sys: Path, dev: Path, *, path: str, number: int | None = None) -> list[str]:
+def loops_over(sys: Path, dev: Path, *, path: str, numbers: Collection[int] = ()) -> list[str]:
     """Return the loop devices over a file, over anything below a directory, or over a device by whatever name.
 
     Args:
         sys: where sysfs is.
         dev: where device nodes are.
         path: of the file, the directory, or the device node.
-        number: of the device (st_rdev), if it is one.
+        numbers: of the device and its partitions (st_rdev), if it is one.
     """
     found = []
     for backing_file in sorted(sys.glob("block/loop*/loop/backing_file")):
@@ -89,7 +101,7 @@ def loops_over(sys: Path, dev: Path, *, path: str, number: int | None = None) ->
         with contextlib.suppress(OSError):
             backing = backing_file.read_text().rstrip("\n")
             by_name = backing == path or backing.startswith(path.rstrip("/") + "/")
-            if by_name or (number is not None and _device_below(dev / name) == number):
+            if by_name or (numbers and _device_below(dev / name) in numbers):
                 found.append(name)
     return found
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_vduse.errors import FailedPrecondition
-from csi_vduse.vdpa.disk_users import loops_over, mount_lines, mounts_anywhere
+from csi_vduse.vdpa.disk_users import loops_over, mount_lines, mounts_anywhere, numbers_of
 from csi_vduse.vdpa.model import Bus, BusDevice
 
 _REMOTE_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "ceph", "9p", "afs", "virtiofs", "glusterfs", "lustre")
@@ -205,16 +205,16 @@ class Sysfs:
         return fd
 
     def _claimant(self, device: BusDevice) -> str:
-        number, name = f"{device.major}:{device.minor}", str(device.path)
-        if places := mounts_anywhere(self.roots.proc, (number,), name):
+        numbers = {f"{major}:{minor}" for major, minor in numbers_of(self.roots.sys, device)}
+        if places := mounts_anywhere(self.roots.proc, numbers, str(device.path)):
             return f"mounted at {', '.join(places)}"
         if loops := self._loops(device):
             return ", ".join(loops)
         return "mounted, or claimed by another device"
 
     def _loops(self, device: BusDevice) -> list[str]:
-        number = os.makedev(device.major, device.minor)
-        return loops_over(self.roots.sys, self.roots.dev, path=str(device.path), number=number)
+        numbers = {os.makedev(major, minor) for major, minor in numbers_of(self.roots.sys, device)}
+        return loops_over(self.roots.sys, self.roots.dev, path=str(device.path), numbers=numbers)
 
     def _numbers(self, directory: Path, name: str) -> BusDevice | None:
         try:

@@ -86,6 +86,23 @@ async def test_limits_are_back_when_the_disk_is_in_use(
     assert told(kernel) == ["limit 0", "limit 7"]
 
 
+async def test_a_worker_that_dies_meanwhile_does_not_hide_why_a_disk_stays(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+):
+    """It cannot be told of its limits again; the next one is, by what is recorded."""
+    attachment = await agent.attach(SPEC)
+
+    def look(*_: object) -> list[str]:
+        os.kill(attachment.worker_pid, signal.SIGKILL)
+        return ["5 (dd)"]
+
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", look)
+    monkeypatch.setattr("csi_vduse.agent.detach._OPENERS_GRACE_S", -1.0)
+    with pytest.raises(FailedPrecondition, match="dd"):
+        await agent.detach("vol-1")
+    assert agent.attachments()[0].spec.throttle == Throttle(7)
+
+
 @pytest.mark.parametrize("name", ["(udev-worker)", "systemd-udevd", "udevd"])
 async def test_udev_is_waited_for_longer_than_others(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, name: str

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.errors import FailedPrecondition
+from csi_vduse.vdpa.disk_users import numbers_of
 from csi_vduse.vdpa.model import BusDevice
 from csi_vduse.vdpa.sysfs import Roots, Sysfs
 from tests.unit.namespaces import elsewhere
@@ -76,6 +77,14 @@ def test_a_loop_device_over_another_name_of_a_disk_is_named(image: Path, tmp_pat
         os.mknod(other, 0o60600, os.makedev(disk.major, disk.minor))
         with loop_over(other) as loop, pytest.raises(FailedPrecondition, match=f"used by {loop.path.name}"):
             claim(disk)
+
+
+def test_users_of_a_partition_are_users_of_its_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "dev/block/254:16"
+    (disk / "vdb1").mkdir(parents=True)
+    (disk / "vdb1/dev").write_text("254:17\n")
+    (disk / "queue").mkdir()
+    assert numbers_of(tmp_path, BusDevice(Path("/dev/vdb"), 254, 16)) == {(254, 16), (254, 17)}
 
 
 def test_btrfs_is_seen_where_it_is_mounted(image: Path, tmp_path: Path) -> None:
