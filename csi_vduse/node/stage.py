@@ -1,13 +1,14 @@
 """NodeStageVolume: from a volume's id to a device that is proved to be it and, if wanted, mounted.
 
 `stage` reads as the list of what happens. Whatever fails, everything done before it is undone in reverse, so
-a failed stage leaves no mount and no device. What stays is the record of a format begun or done: it is true.
+a failed stage leaves no mount and no device, unless somebody keeps them in use; the next call goes on from there. What
+stays is the record of a format begun or done: it is true.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, AttachSpec, Bus, BusDevice, State
 from csi_vduse.dataplane.throttle import UNLIMITED
-from csi_vduse.errors import AlreadyExists, CommandFailed, FailedPrecondition, InvalidArgument
+from csi_vduse.errors import AlreadyExists, CommandFailed, FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.node import mounts
 from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
 from csi_vduse.node.disk import prove_disk
@@ -146,7 +147,7 @@ async def attach(
     present = observed.attachment
     if present is None:
         # Pushed first: the agent may finish an attach whose answer does not reach us.
-        undo.push_async_callback(node.agent.detach, volume.id)
+        undo.push_async_callback(take_back, node.agent.detach, volume.id)
         return await node.agent.attach(spec)
     if present.state is not State.ATTACHED:
         return await node.agent.attach(spec)
@@ -163,6 +164,14 @@ async def attach(
     if present.spec.capacity_bytes != volume.capacity_bytes:
         return await node.agent.resize(volume.id, volume.capacity_bytes)
     return present
+
+
+async def take_back(act: Callable[[str], Awaitable[None]], what: str) -> None:
+    """Undo a step of a stage that failed. What stays is left to the next call: it is not why this one failed."""
+    try:
+        await act(what)
+    except VduseError as error:
+        log.get().warning("a failed stage leaves something behind", what=what, error=str(error))
 
 
 def refuse_mounted(observed: Observed) -> None:
@@ -217,7 +226,7 @@ async def mount_volume(
     if not fresh and not request.read_only:
         await filesystem.check(path)
     prepare_directory(request.staging_path, undo)
-    undo.push_async_callback(mounts.unmount, request.staging_path)
+    undo.push_async_callback(take_back, mounts.unmount, request.staging_path)
     await mount_file_system(path, request, filesystem)
     prove_mounted(device, request.staging_path)
     if not fresh and not request.read_only:

@@ -19,6 +19,7 @@ from csi_vduse.errors import (
     InvalidArgument,
     NotFound,
     Unavailable,
+    VduseError,
 )
 from csi_vduse.node.expand import expand
 from csi_vduse.node.filesystems import get_filesystem
@@ -292,6 +293,34 @@ async def test_failed_mount_leaves_nothing(loop_node: LoopNode) -> None:
         await loop_node.stage(volume, use("ext4", use().mode, "nosuchoption"))
     nothing_left(loop_node)
     assert not Path(loop_node.staging(volume)).exists()
+
+
+@pytest.mark.parametrize("undo", ["detach", "unmount"])
+async def test_an_undo_that_fails_does_not_hide_what_went_wrong(
+    loop_node: LoopNode, monkeypatch: pytest.MonkeyPatch, undo: str
+) -> None:
+    """Such as: udev still reads the disk. The next stage, or unstage, finds what is left."""
+    volume = await loop_node.create()
+
+    async def fails(*_: object) -> None:
+        raise FailedPrecondition("held open by 5 ((udev-worker))")
+
+    with monkeypatch.context() as patch:
+        if undo == "detach":
+            patch.setattr(loop_node.agent, "detach", fails)
+        else:
+            patch.setattr("csi_vduse.node.mounts.unmount", fails)
+            patch.setattr("csi_vduse.node.stage.prove_mounted", lambda *_: _raise(DataLoss("not the disk")))
+        flags = ("nosuchoption",) if undo == "detach" else ()
+        with pytest.raises(VduseError, match=r"cannot be mounted|not the disk"):
+            await loop_node.stage(volume, use("ext4", use().mode, *flags))
+    await loop_node.stage(volume, use())
+    await loop_node.unstage(volume)
+    nothing_left(loop_node)
+
+
+def _raise(error: VduseError) -> None:
+    raise error
 
 
 async def test_staging_path_that_is_a_file_is_refused_and_kept(loop_node: LoopNode) -> None:
