@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
+import grpc
+import pytest
 from grpc import StatusCode
 
 from tests.unit.namespaces import elsewhere
@@ -45,6 +50,36 @@ def test_a_volume_with_the_lowest_limits_is_staged_like_any_other(driver: Driver
     (path / "file").write_bytes(
         os.urandom(2 << 20)
     )  # half a minute with its bandwidth, if not written back freely
+    driver.unstage(volume)
+    driver.delete(volume)
+
+
+def kill_mkfs(killed: threading.Event, over: threading.Event) -> None:
+    """Kill the next mkfs that runs, a moment after its start."""
+    while not over.is_set() and not killed.is_set():
+        for comm in Path("/proc").glob("[0-9]*/comm"):
+            with contextlib.suppress(OSError):
+                if comm.read_text().startswith("mkfs."):
+                    os.kill(int(comm.parent.name), signal.SIGKILL)
+                    killed.set()
+
+
+@pytest.mark.parametrize(("fs", "size_mib"), [("ext4", 64), ("xfs", 320), ("btrfs", 256)])
+def test_an_interrupted_mkfs_is_begun_again(driver: Driver, fs: str, size_mib: int) -> None:
+    volume = driver.create(f"interrupted-{fs}", size_mib)
+    killed, over = threading.Event(), threading.Event()
+    killer = threading.Thread(target=kill_mkfs, args=(killed, over))
+    killer.start()
+    with contextlib.suppress(grpc.RpcError):  # one that was killed too late has made the file system
+        driver.stage(volume, mount(fs))
+    over.set()
+    killer.join()
+    assert killed.is_set()
+    if driver.record(volume)["filesystem"]["state"] == "formatting":
+        assert driver.record(volume)["filesystem"]["uuid"]
+    path = driver.stage(volume, mount(fs))
+    (path / "file").write_text("x")
+    assert driver.record(volume)["filesystem"] == {"type": fs, "state": "formatted"}
     driver.unstage(volume)
     driver.delete(volume)
 
