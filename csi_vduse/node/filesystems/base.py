@@ -1,4 +1,4 @@
-"""What the node code asks of a file system. One file per file system implements it; they share no code.
+"""What the node code asks of a file system. One file per file system implements it.
 
 Every command has a deadline, and none is given a flag that overrides the tool's own refusal: mkfs runs only
 on a device that was proved blank, so it has nothing to refuse. What a checking tool answers is taken for damage
@@ -8,13 +8,30 @@ claimed by somebody has seen none.
 
 from __future__ import annotations
 
+import re
 from enum import Enum, auto
 from typing import Protocol
+
+from csi_vduse.errors import CommandFailed
 
 MKFS_TIMEOUT_S = 600.0
 CHECK_TIMEOUT_S = 1800.0
 GROW_TIMEOUT_S = 600.0
 QUERY_TIMEOUT_S = 60.0
+
+
+# Of tools that exit with 1 for damage and for what kept them from looking: how they say the second. The words are
+# those of strerror(3), and of the tools for a device that is mounted.
+_KEPT_FROM_LOOKING = re.compile(
+    r"currently mounted|contains a mounted|resource busy|input/output error|allocate memory|memory alloc"
+    r"|out of memory|no such (file|device)|permission denied|not permitted",
+    re.IGNORECASE,
+)
+
+
+def saw_damage(error: CommandFailed) -> bool:
+    """Tell whether `xfs_repair -n` or `btrfs check` ended because of what it saw."""
+    return error.exit_code == 1 and _KEPT_FROM_LOOKING.search(error.output) is None
 
 
 class Making(Enum):

@@ -12,11 +12,10 @@ from csi_vduse.node.filesystems.base import (
     MKFS_TIMEOUT_S,
     QUERY_TIMEOUT_S,
     Making,
+    saw_damage,
 )
 from csi_vduse.run import run
 
-# `btrfs check` exits with 1 for damage and for what kept it from looking; so it ends when it saw damage.
-_SAW_DAMAGE = "error(s) found"
 _DEVICE_SIZE = re.compile(r"^\s*Device size:\s*(\d+)\s*$", re.MULTILINE)
 
 
@@ -38,7 +37,7 @@ class Btrfs:
         try:
             await run(["btrfs", "check", "--readonly", device], timeout_s=CHECK_TIMEOUT_S)
         except CommandFailed as error:
-            if error.exit_code == 1 and _SAW_DAMAGE in error.output:
+            if saw_damage(error):
                 return Making.DAMAGED
             raise Unavailable(
                 f"btrfs check could not look at {device}: {error}", hint="no damage was seen; retry"

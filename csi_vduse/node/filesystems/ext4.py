@@ -23,6 +23,7 @@ _LEFT = 4
 _SUPERBLOCK_LOST = re.compile(
     r"superblock could not be read or does not describe|Corruption found in superblock"
 )
+_NEVER_MOUNTED = (r"^Mount count:\s*0$", r"^Last mount time:\s*n/a$")
 # In use as e2fsck says it: EBUSY, or a mount that it sees itself (check_mount in e2fsck/unix.c).
 _CLAIMED = re.compile(r"is (in use|mounted)\.")
 
@@ -49,7 +50,7 @@ class Ext4:
         except CommandFailed as error:
             if not _saw_damage(error):
                 raise _could_not_look(device, error) from error
-            return Making.UNFINISHED if await _is_unmounted_ever(device) else Making.DAMAGED
+            return Making.UNFINISHED if await _was_never_mounted(device) else Making.DAMAGED
         return Making.WHOLE
 
     async def check(self, device: str) -> None:
@@ -69,7 +70,7 @@ class Ext4:
 
     async def size_bytes(self, device: str, mount_point: str) -> int:  # noqa: ARG002
         """Read the size from the superblock, which ext4 and readers of the device share in the page cache."""
-        header = await _superblock(device)
+        header = (await run(["dumpe2fs", "-h", device], timeout_s=QUERY_TIMEOUT_S)).stdout
         return _number(header, "Block count", device) * _number(header, "Block size", device)
 
     async def grow(self, device: str, mount_point: str) -> None:  # noqa: ARG002
@@ -89,14 +90,11 @@ def _could_not_look(device: str, error: CommandFailed) -> Unavailable:
     )
 
 
-async def _is_unmounted_ever(device: str) -> bool:
-    header = await _superblock(device)
-    mounted_at = re.search(r"^Last mount time:\s*(.*)$", header, re.MULTILINE)
-    return _number(header, "Mount count", device) == 0 and mounted_at is not None and mounted_at[1] == "n/a"
-
-
-async def _superblock(device: str) -> str:
-    return (await run(["dumpe2fs", "-h", device], timeout_s=QUERY_TIMEOUT_S)).stdout
+async def _was_never_mounted(device: str) -> bool:
+    """Read it in the superblock, whatever else is damaged: -c reads nothing beside it (debugfs(8))."""
+    argv = ["debugfs", "-c", "-R", "show_super_stats -h", device]
+    header = (await run(argv, timeout_s=QUERY_TIMEOUT_S)).stdout
+    return all(re.search(line, header, re.MULTILINE) for line in _NEVER_MOUNTED)
 
 
 def _number(header: str, field: str, device: str) -> int:

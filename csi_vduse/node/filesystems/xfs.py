@@ -12,13 +12,12 @@ from csi_vduse.node.filesystems.base import (
     MKFS_TIMEOUT_S,
     QUERY_TIMEOUT_S,
     Making,
+    saw_damage,
 )
 from csi_vduse.run import run
 
 # mkfs.xfs sets it first and clears it last; the kernel mounts nothing that has it (sb_inprogress).
 _IN_PROGRESS = re.compile(r"^inprogress = (\d+)$", re.MULTILINE)
-# `xfs_repair -n` exits with 1 for damage and for what kept it from looking; these are how it ends when it looked.
-_LOOKED = ("No modify flag set", "Cannot proceed further in no_modify mode")
 _GEOMETRY = re.compile(r"^data\s+=\s+bsize=(\d+)\s+blocks=(\d+)", re.MULTILINE)
 
 
@@ -52,7 +51,7 @@ class Xfs:
         try:
             await run(["xfs_repair", "-n", device], timeout_s=CHECK_TIMEOUT_S)
         except CommandFailed as error:
-            if error.exit_code == 1 and any(words in error.output for words in _LOOKED):
+            if saw_damage(error):
                 return Making.DAMAGED
             raise Unavailable(
                 f"xfs_repair could not look at {device}: {error}", hint="no damage was seen; retry"
