@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
-from csi_vduse.agent.model import Bus
-from csi_vduse.errors import FailedPrecondition, OutOfRange
+from csi_vduse.agent.model import Attachment, Bus
+from csi_vduse.errors import FailedPrecondition, OutOfRange, Unavailable, VduseError
 from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
 from csi_vduse.node.disk import wait_for_size
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
 from csi_vduse.node.limits import lift
 from csi_vduse.node.mounts import Mount
+from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.sizes import CapacityRange
 
 # A file system may leave less than this unused at the end: ext4 takes no last block group too small for its
@@ -42,9 +43,7 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
     if observed.attachment is None:
         raise FailedPrecondition(f"volume {volume_id} is not staged on this node", hint="stage it first")
     serving_device(observed.attachment)
-    grown = None
-    if node.foreign is not None:
-        grown = await node.foreign.take_over_growth(volume_id, observed.attachment.spec.backend)
+    grown = await growth_at_its_server(node, observed.attachment)
     volume = grown or volume
     if not wanted.allows(volume.capacity_bytes):
         raise OutOfRange(
@@ -75,6 +74,23 @@ async def expand(node: NodeContext, volume_id: str, volume_path: str, wanted: Ca
             get_filesystem(at.fs_type), str(device.path), writable.mount_point, volume.capacity_bytes
         )
     return volume.capacity_bytes
+
+
+async def growth_at_its_server(node: NodeContext, attachment: Attachment) -> Volume | None:
+    """Return a volume that the registry does not know as its server has it now; None for all others.
+
+    Raises:
+        Unavailable: the server does not say.
+    """
+    if node.foreign is None:
+        return None
+    try:
+        return await node.foreign.take_over_growth(attachment.volume_id, attachment.spec.backend)
+    except VduseError as error:
+        raise Unavailable(
+            f"the server of volume {attachment.volume_id} does not say how large it is now: {error}",
+            hint="retry; if it allows no further connection, unstage the volume and stage it again",
+        ) from error
 
 
 def whole_file_systems(observed: Observed) -> tuple[Mount, ...]:

@@ -18,6 +18,7 @@ from csi_vduse.errors import (
     FailedPrecondition,
     NotFound,
     OutOfRange,
+    ProtocolError,
     Unavailable,
 )
 from csi_vduse.node.context import get_volume
@@ -199,6 +200,24 @@ async def test_a_node_that_comes_back_is_told_that_it_was_published_anew(
     with pytest.raises(Unavailable):
         await put(node, old)
     await put(node, new)
+    await unstage(node.node, ID, staging(node))
+
+
+async def test_a_server_that_says_nothing_while_it_serves_is_asked_at_the_next_stage(
+    node: LoopNode, server: StorageServer
+) -> None:
+    """One that allows a single connection, which the volume has."""
+    path = await put(node, await told(server), use(None))
+    real = node.node
+
+    async def refuses(_: BackendSpec) -> Export:
+        raise ProtocolError("the server hangs up")
+
+    assert real.foreign is not None
+    node.node = replace(real, foreign=replace(real.foreign, ask=refuses))
+    with pytest.raises(Unavailable, match=r"hangs up.*stage it again"):
+        await expand(node.node, ID, str(path), CapacityRange(2 * SIZE))
+    node.node = real
     await unstage(node.node, ID, staging(node))
 
 
