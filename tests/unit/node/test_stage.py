@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +20,9 @@ from csi_vduse.errors import (
     Unavailable,
     VduseError,
 )
-from csi_vduse.node.expand import expand
 from csi_vduse.node.filesystems import get_filesystem
-from csi_vduse.node.stage import StageRequest, stage
-from csi_vduse.node.stats import volume_health
 from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
-from csi_vduse.volumes.sizes import CapacityRange
 from tests.unit.node.conftest import MIB, READER, LoopNode, use
 
 SIZES_MIB = {"ext4": 64, "xfs": 320, "btrfs": 256}
@@ -201,78 +196,6 @@ async def test_too_small_for_the_file_system_says_so_before_writing(loop_node: L
     with pytest.raises(FailedPrecondition, match="xfs needs 314572800 bytes"):
         await loop_node.stage(volume, use("xfs"))
     assert await formatted_as(loop_node, volume) is None
-
-
-# ------------------------------------------------------------------------------------ reading only
-
-
-@pytest.mark.parametrize("fs", SIZES_MIB)
-async def test_reader_mode_makes_a_read_only_device_and_mount(loop_node: LoopNode, fs: str) -> None:
-    volume = await loop_node.create(size_mib=SIZES_MIB[fs])
-    path = await loop_node.stage(volume, use(fs))
-    Path(path, "f").write_text("x")
-    await loop_node.unstage(volume)
-    before = loop_node.image(volume).read_bytes()
-    await loop_node.stage(volume, use(fs, READER))
-    assert Path(path, "f").read_text() == "x"
-    with pytest.raises(OSError, match="Read-only"):
-        Path(path, "g").write_text("x")
-    await loop_node.unstage(volume)
-    assert loop_node.image(volume).read_bytes() == before
-
-
-async def test_what_was_published_for_reading_is_read_only_whatever_its_access_mode(
-    loop_node: LoopNode,
-) -> None:
-    volume = await loop_node.create()
-    path = await loop_node.stage(volume, use())
-    Path(path, "f").write_text("x")
-    await loop_node.unstage(volume)
-    for _ in range(2):
-        await stage(loop_node.node, StageRequest(volume.id, path, use(), {"readOnly": "true"}))
-    for _ in range(2):
-        target = await loop_node.publish(volume, "pod", use())
-    assert Path(target, "f").read_text() == "x"
-    with pytest.raises(OSError, match="Read-only"):
-        Path(target, "g").write_text("x")
-
-
-async def test_mount_option_ro_is_of_the_target_and_the_volume_can_be_staged_again(
-    loop_node: LoopNode,
-) -> None:
-    """A class with mountOptions [ro]: the disk and the staging mount are writable, so that the volume can be used so."""
-    volume = await loop_node.create(size_mib=320)
-    how = use("xfs", use().mode, "ro", "noatime")
-    for _ in range(2):
-        path = await loop_node.stage(volume, how)
-        target = await loop_node.publish(volume, "pod", how)
-    with pytest.raises(OSError, match="Read-only"):
-        Path(target, "f").write_text("x")
-    Path(path, "f").write_text("x")
-    assert await volume_health(loop_node.node, volume.id) == ()
-    await loop_node.grow(volume, 400)
-    assert await expand(loop_node.node, volume.id, target, CapacityRange()) == 400 * MIB
-    assert os.statvfs(path).f_blocks * 4096 > 320 * MIB
-
-
-async def test_mount_option_ro_stays_where_another_option_needs_it(loop_node: LoopNode) -> None:
-    volume = await loop_node.create(size_mib=320)
-    await loop_node.stage(volume, use("xfs"))
-    await loop_node.unstage(volume)
-    how = use("xfs", use().mode, "ro", "norecovery")
-    for _ in range(2):
-        await loop_node.stage(volume, how)
-        await loop_node.publish(volume, "pod", how)
-
-
-@pytest.mark.parametrize("fs", ["ext4", "xfs"])
-async def test_read_only_stage_of_a_file_system_with_a_dirty_log(loop_node: LoopNode, fs: str) -> None:
-    volume = await loop_node.create(size_mib=SIZES_MIB[fs])
-    path = await loop_node.stage(volume, use(fs))
-    Path(path, "f").write_text("x")
-    subprocess.run(["sync", "-f", path], check=True)
-    dirty = await loop_node.clone(volume, "dirty")  # copied while mounted: the log is not clean
-    await loop_node.stage(dirty, use(fs, READER))
 
 
 # ------------------------------------------------------------------------- undo, identity, clones
