@@ -25,12 +25,17 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 class PoolConfig:
     """A place volumes are made in.
 
-    location: a directory for kind "file"; ADDRESS[?tls=DIR] of a storage server for kind "nbd".
+    location: DIR[?OPTION=VALUE] for kind "file"; ADDRESS[?tls=DIR] of a storage server for kind "nbd".
     """
 
     name: str
     kind: str
     location: str
+
+    @property
+    def directory(self) -> Path:
+        """Of a pool of kind "file"."""
+        return Path(self.location.partition("?")[0])
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Installs the Debian or Ubuntu packages that building and using csi-vduse need, and says which.
+# Installs the Debian or Ubuntu packages that building, testing and using csi-vduse need, and says which.
 # Idempotent, and quick when everything is there. What only the laboratory needs is in lab/install-deps.sh.
 set -eu
 
 packages="python3-venv python3-dev gcc g++ libc6-dev make liburing-dev libssl-dev libseccomp2 linux-libc-dev e2fsprogs xfsprogs btrfs-progs util-linux kmod \
-    qemu-utils qemu-system-common openssl"
+    qemu-utils qemu-system-common openssl strace"
 missing=
 for package in $packages; do
     dpkg-query -W -f '${db:Status-Abbrev}\n' "$package" 2>/dev/null | grep -q '^ii' || missing="$missing $package"

@@ -7,6 +7,8 @@ Kept true:
 - An unbind that hung goes on when a worker serves again; the device is not taken off the bus before it has ended.
 - Every step is fine if it was done before, so a detach that failed or was killed is finished by the next one.
 - While a disk is being removed we hold it exclusively: nobody mounts it between the look and the act.
+- Its limits end first: who only reads it for a moment (udev) would not come to an end with them. They are back if it
+  stays.
 - By force, a device that has users goes too, and its backend is not waited for: another worker fails everything that
   waits, and what comes after it, so that the kernel can let the disk go. Whether forced is recorded first: a next
   agent goes on in the same way.
@@ -31,8 +33,11 @@ from csi_vduse.agent.workers import Worker
 from csi_vduse.dataplane.throttle import UNLIMITED
 from csi_vduse.errors import DeadlineExceeded, DeviceBroken, FailedPrecondition, VduseError
 
-# udev and the like open a disk for a moment after every change.
+# Tools that look for changes open a disk for a moment.
 _OPENERS_GRACE_S = 5.0
+# udev does after every change; it goes by itself, nobody can be told to end it, and a busy machine has it wait.
+_UDEV_GRACE_S = 30.0
+_UDEV = ("(udev-worker)", "(systemd-udevd)", "(udevd)")
 _POLL_S = 0.1
 _STOP_TIMEOUT_S = 20.0
 
@@ -65,6 +70,7 @@ async def detach(
         adopt(started)
         return started
 
+    look_first = False
     if attachment.forced and node.sysfs.is_held_by_driver(name):
         if attachment.spec.bus is Bus.VHOST:
             await _refuse_if_used(node, attachment)  # vhost_vdpa waits for who has it open, whatever we do
@@ -77,24 +83,34 @@ async def detach(
         if worker is None or not worker.alive:
             # What the dead one left is finished first: who has the disk open may only wait for that.
             worker = await _unless_given_up(node, attachment, replacement)
-        await _refuse_if_used(node, attachment)
-    async with _claimed(node, attachment):
-        pid = worker.pid if worker is not None else 0
-        node.store.save(replace(attachment, state=State.DETACHING, worker_pid=pid))
-        if worker is None:
-            await node.bus.detach(name, timeout_s=node.config.step_timeout_s)
-        else:
-            async with AsyncExitStack() as undo:
-                if attachment.spec.throttle != UNLIMITED:
-                    undo.push_async_callback(set_throttle, node, worker, attachment.spec.throttle)
-                    await set_throttle(node, worker, UNLIMITED)
-                unbinding = node.bus.detach(name, timeout_s=node.config.step_timeout_s)
+        look_first = True
+    async with AsyncExitStack() as undo:
+        if worker is not None and attachment.spec.throttle != UNLIMITED:
+            undo.push_async_callback(_limit_again, node, attachment, worker)
+            await set_throttle(node, worker, UNLIMITED)
+        if look_first:
+            await _refuse_if_used(node, attachment)
+        async with _claimed(node, attachment):
+            pid = worker.pid if worker is not None else 0
+            node.store.save(replace(attachment, state=State.DETACHING, worker_pid=pid))
+            unbinding = node.bus.detach(name, timeout_s=node.config.step_timeout_s)
+            if worker is None:
+                await unbinding
+            else:
                 _, worker = await while_served(worker, unbinding, replacement)
-                undo.pop_all()
+        undo.pop_all()
     if worker is not None:
         await worker.stop(timeout_s=_STOP_TIMEOUT_S)
     await node.kernel.destroy(name)
     node.store.forget(name)
+
+
+async def _limit_again(node: Node, attachment: Attachment, worker: Worker) -> None:
+    """Put the limits in force again; a worker that has died meanwhile has a successor that knows them from the record."""
+    try:
+        await set_throttle(node, worker, attachment.spec.throttle)
+    except VduseError as error:
+        log.get().warning("limits are not in force again", volume_id=attachment.volume_id, error=str(error))
 
 
 async def _unless_given_up(
@@ -140,9 +156,10 @@ async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
             f"{device.path} of volume {attachment.volume_id} is used by {', '.join(holders)}",
             hint="remove that device first",
         )
-    deadline = time.monotonic() + _OPENERS_GRACE_S
+    began = time.monotonic()
     while openers := node.sysfs.openers(device):
-        if time.monotonic() > deadline:
+        only_udev = all(any(udev in each for udev in _UDEV) for each in openers)
+        if time.monotonic() > began + (_UDEV_GRACE_S if only_udev else _OPENERS_GRACE_S):
             raise FailedPrecondition(
                 f"{device.path} of volume {attachment.volume_id} is held open by {', '.join(openers)}",
                 hint="end these processes first",

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ __all__ = [
     "VolumeStats",
     "count_states",
     "device_name",
+    "disk_serial",
 ]
 
 DEFAULT_QUEUE_SIZE = 256
 DEFAULT_BLOCK_SIZE_BYTES = 512
 SECTOR_BYTES = 512
 _MAX_VOLUME_ID_BYTES = 128  # CSI's limit for a volume id in a field
+_FAITHFUL_SERIAL = re.compile(r"[ -~]{1,20}")
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 
@@ -72,7 +74,20 @@ def device_name(volume_id: str) -> str:
     """
     if _PLAIN_NAME.fullmatch(volume_id) and volume_id != "control":
         return volume_id
-    return "vol-" + hashlib.sha256(volume_id.encode()).hexdigest()[:16]
+    return _digest(volume_id)
+
+
+def disk_serial(volume_id: str) -> str:
+    """Return the serial number of a volume's disk: the id if that comes through a virtio-blk serial unchanged.
+
+    A serial has 20 bytes (VIRTIO 1.3, 5.2.6, GET_ID). An id that is longer, or has more in it than printable ASCII, is
+    digested: cut, it would be another volume's too, or other characters at the other end.
+    """
+    return volume_id if _FAITHFUL_SERIAL.fullmatch(volume_id) else _digest(volume_id)
+
+
+def _digest(volume_id: str) -> str:
+    return "vol-" + hashlib.sha256(volume_id.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ class AttachSpec:
     """What is asked of an attachment; two specs that are equal ask for the same one.
 
     Args:
-        volume_id: whose device it is; its first 20 bytes are the disk's serial number.
+        volume_id: whose device it is.
         backend: where the bytes are.
         capacity_bytes: a multiple of the block size.
         bus: which bus driver gets the device.
@@ -90,6 +105,7 @@ class AttachSpec:
         block_size_bytes: 0 means 512.
         packed: offer packed virtqueues; drivers that cannot use them take split ones.
         throttle: how fast it may be; changes by `Agent.throttle`.
+        serial: of a disk that was attached before; empty: see disk_serial. Not asked for, so not compared.
     """
 
     volume_id: str
@@ -102,6 +118,7 @@ class AttachSpec:
     block_size_bytes: int = 0
     packed: bool = False
     throttle: Throttle = UNLIMITED
+    serial: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what can never be an attachment; device geometry is checked by DeviceSpec."""
@@ -116,6 +133,11 @@ class AttachSpec:
     def device_name(self) -> str:
         """Name of the VDUSE device."""
         return device_name(self.volume_id)
+
+    @property
+    def disk_serial(self) -> str:
+        """What the disk answers to GET_ID, of which it gives 20 bytes."""
+        return self.serial or disk_serial(self.volume_id)
 
     def with_defaults(self, *, queues: int) -> AttachSpec:
         """Return the spec with its zeros replaced; `queues` is this node's default."""
@@ -265,6 +287,7 @@ def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
         "block_size_bytes": spec.block_size_bytes,
         "packed": spec.packed,
         "throttle": throttle.to_json(spec.throttle),
+        "serial": spec.disk_serial,
         "state": attachment.state.value,
         "state_reason": attachment.state_reason,
         "worker_pid": attachment.worker_pid,
@@ -295,6 +318,7 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
                 block_size_bytes=value["block_size_bytes"],
                 packed=value.get("packed", False),
                 throttle=throttle.from_json(value.get("throttle")),
+                serial=value.get("serial", value["volume_id"]),  # as releases did that wrote none
             ),
             state=State(value["state"]),
             state_reason=value["state_reason"],

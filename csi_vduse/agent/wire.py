@@ -163,6 +163,7 @@ def attachment_to_wire(attachment: Attachment) -> agent_pb2.Attachment:
         throttle=throttle_to_wire(spec.throttle),
         worker_pid=attachment.worker_pid,
         worker_version=attachment.worker_version,
+        serial=spec.disk_serial,
     )
 
 
@@ -180,6 +181,7 @@ def attachment_from_wire(message: agent_pb2.Attachment) -> Attachment:
             block_size_bytes=message.block_size_bytes,
             packed=message.packed,
             throttle=throttle_from_wire(message.throttle),
+            serial=message.serial or message.volume_id,  # as agents did that do not say
         ),
         state=_STATE_FROM_WIRE.get(message.state, State.WORKER_DEAD),  # a later release may have more of them
         state_reason=message.state_reason,

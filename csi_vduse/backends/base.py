@@ -13,6 +13,10 @@ from typing import Protocol
 from csi_vduse.dataplane.backend_spec import BackendSpec
 from csi_vduse.volumes.model import Snapshot, Volume
 
+# The agent allows no longer hold (MAX_HOLD_S in agent/agent.py) than this and the way of a message: applications would
+# take it for a hang.
+MAX_HOLD_S = 295.0
+
 
 @dataclass(frozen=True)
 class PoolUsage:
@@ -45,6 +49,15 @@ class Backend(Protocol):
     @property
     def needs_hold(self) -> bool:
         """Whether an attached volume must be held still by its worker while it is copied."""
+        ...
+
+    @property
+    def max_hold_s(self) -> float:
+        """For how long at most it may be held still for that; its I/O waits as long."""
+        ...
+
+    async def shares_blocks(self) -> bool:
+        """Tell whether copies share blocks with their source, so that one takes no time whatever its size."""
         ...
 
     async def check(self) -> None:

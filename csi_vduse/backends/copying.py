@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import time
+from pathlib import Path
 
 from csi_vduse.errors import DataLoss, DeadlineExceeded
 
@@ -17,6 +18,7 @@ from csi_vduse.errors import DataLoss, DeadlineExceeded
 _FICLONE = 0x40049409
 _CHUNK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
+_PROBE_BYTES = 4096
 # What FICLONE and copy_file_range answer when the file system, or this pair of files, cannot.
 _CANNOT = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
 
@@ -43,6 +45,22 @@ def copy_image(source_fd: int, target_fd: int, *, size_bytes: int, until_s: floa
         _copy_allocated(source_fd, target_fd, size_bytes, until_s)
     if time.monotonic() > until_s:
         raise _late()
+
+
+def can_share_blocks(directory: Path) -> bool:
+    """Tell whether the file system of a directory shares blocks between files, by doing it with files without names."""
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    try:
+        with (
+            os.fdopen(os.open(directory, flags, 0o600), "r+b", buffering=0) as source,
+            os.fdopen(os.open(directory, flags, 0o600), "r+b", buffering=0) as target,
+        ):
+            source.write(bytes(_PROBE_BYTES))
+            return _reflink(source.fileno(), target.fileno())
+    except OSError as error:
+        if error.errno in _CANNOT | {errno.EISDIR}:  # no files without names here
+            return False
+        raise
 
 
 def _reflink(source_fd: int, target_fd: int) -> bool:

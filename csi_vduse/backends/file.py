@@ -21,15 +21,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from urllib.parse import parse_qsl
 
 from csi_vduse import records
-from csi_vduse.backends.base import PoolUsage
-from csi_vduse.backends.copying import copy_image
+from csi_vduse.backends.base import MAX_HOLD_S, PoolUsage
+from csi_vduse.backends.copying import can_share_blocks, copy_image
 from csi_vduse.backends.faults import translated
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
-from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, VduseError
+from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.files import UNFINISHED, allocated_bytes, flush_directory, remove_tree, unfinished
 from csi_vduse.volumes.blocking import DEFAULT_TIMEOUT_S, BlockingPool
 from csi_vduse.volumes.model import Snapshot, Volume, snapshot_to_json, volume_to_json
@@ -42,11 +44,39 @@ IMAGE = "image.raw"
 _META = "meta.json"
 _MARK = "pool.json"
 _SMALL_THREADS = 4
+# What applications take for a slow disk; longer is asked for in the pool's configuration.
+DEFAULT_MAX_HOLD_S = 10.0
+_MAX_HOLD = "max-hold-seconds"
 # A copy is stopped by its own deadline; the thread's is a little later and only catches a hanging call.
 _COPY_GRACE_S = 30.0
 _TARGET_EXISTS = (errno.EEXIST, errno.ENOTEMPTY)  # rename(2)
 
 Fill = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FileLocation:
+    """Where a pool's directory is, and for how long an attached volume may be held still while it is copied."""
+
+    directory: Path
+    max_hold_s: float = DEFAULT_MAX_HOLD_S
+
+
+def parse_location(text: str) -> FileLocation:
+    """Parse `DIR[?max-hold-seconds=N]`.
+
+    Raises:
+        InvalidArgument: says what is wrong.
+    """
+    directory, _, query = text.partition("?")
+    location = FileLocation(Path(directory))
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key != _MAX_HOLD:
+            raise InvalidArgument(f"file pool {text!r} has unknown option {key!r}; allowed: {_MAX_HOLD}")
+        if not (value.isascii() and value.isdecimal() and int(value) <= MAX_HOLD_S):
+            raise InvalidArgument(f"file pool {text!r}: {key} {value!r} is not 0 to {MAX_HOLD_S:.0f}")
+        location = replace(location, max_hold_s=float(value))
+    return location
 
 
 class FilePool:
@@ -57,10 +87,20 @@ class FilePool:
         directory: where; must exist. It is never made: a missing one is most likely not mounted.
         memory: the file in the state directory that remembers this pool's mark.
         copy_threads: how many images are copied at once.
+        max_hold_s: for how long an attached volume may be held still while it is copied.
     """
 
-    def __init__(self, name: str, directory: Path, *, memory: Path, copy_threads: int = 4) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        memory: Path,
+        copy_threads: int = 4,
+        max_hold_s: float = DEFAULT_MAX_HOLD_S,
+    ) -> None:
         self._name = name
+        self._max_hold_s = max_hold_s
         self._directory = directory
         self._memory = memory
         self._marking = threading.Lock()
@@ -82,6 +122,15 @@ class FilePool:
     def needs_hold(self) -> bool:
         """An image is copied while it may be written: its worker has to hold still."""
         return True
+
+    @property
+    def max_hold_s(self) -> float:
+        """As the pool's configuration allows."""
+        return self._max_hold_s
+
+    async def shares_blocks(self) -> bool:
+        """Try it with a file that nobody sees."""
+        return await self._short(can_share_blocks, self._directory)
 
     async def check(self) -> None:
         """Prove that the directory is there, is one, and carries the mark that we remember."""

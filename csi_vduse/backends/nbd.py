@@ -107,6 +107,15 @@ class NbdPool:
         """The server cuts a copy at one moment by itself, whoever writes."""
         return False
 
+    @property
+    def max_hold_s(self) -> float:
+        """Nothing is held."""
+        return 0.0
+
+    async def shares_blocks(self) -> bool:
+        """The server copies all allocated blocks."""
+        return False
+
     async def check(self) -> None:
         """Prove that the server answers and has the pool that we remember."""
         pool_id = await self._client.pool_id()

@@ -8,6 +8,7 @@ from pathlib import Path
 from csi_vduse.backends.base import Backend
 from csi_vduse.backends.file import KIND as FILE
 from csi_vduse.backends.file import FilePool
+from csi_vduse.backends.file import parse_location as parse_file_location
 from csi_vduse.backends.nbd import KIND as NBD
 from csi_vduse.backends.nbd import NbdPool, parse_location
 from csi_vduse.backends.nbd import data_path as nbd_data_path
@@ -97,7 +98,10 @@ def open_pools(configs: Iterable[PoolConfig], state_dir: Path) -> Pools:
     for config in configs:
         memory = state_dir / "pools" / f"{config.name}.json"
         if config.kind == FILE:
-            backends.append(FilePool(config.name, Path(config.location), memory=memory))
+            place = parse_file_location(config.location)
+            backends.append(
+                FilePool(config.name, place.directory, memory=memory, max_hold_s=place.max_hold_s)
+            )
         elif config.kind == NBD:
             backends.append(NbdPool(config.name, parse_location(config.location), memory=memory))
         else:

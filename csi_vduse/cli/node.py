@@ -43,7 +43,9 @@ def add_parser(subcommands: Subcommands) -> None:
         "--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="the agent's: its socket is there"
     )
     parser.add_argument("--state-dir", type=Path, default=DEFAULT_STATE_DIR, help="survives a reboot")
-    parser.add_argument("--pool", action="append", default=[], metavar="NAME=file:DIR", help="repeatable")
+    parser.add_argument(
+        "--pool", action="append", default=[], metavar="NAME=file:DIR[?max-hold-seconds=N]", help="repeatable"
+    )
     parser.add_argument(
         "--http-address",
         default="0.0.0.0:9808",

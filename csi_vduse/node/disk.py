@@ -16,7 +16,7 @@ from csi_vduse.run import run
 
 READ_TIMEOUT_S = 30.0
 RESIZE_TIMEOUT_S = 60.0
-SERIAL_CHARS = 20  # VIRTIO_BLK_ID_BYTES; the ids of our volumes are exactly that long
+_SERIAL_BYTES = 20  # VIRTIO_BLK_ID_BYTES
 _SECTOR_BYTES = 512  # of sysfs, whatever the device's block size (sysfs-block)
 _POLL_S = 0.05
 
@@ -53,16 +53,18 @@ async def read_disk(sysfs: Path, number: DeviceNumber) -> Disk:
 
 
 async def prove_disk(
-    sysfs: Path, number: DeviceNumber, *, volume_id: str, size_bytes: int, read_only: bool
+    sysfs: Path, number: DeviceNumber, *, volume_id: str, serial: str, size_bytes: int, read_only: bool
 ) -> None:
     """See that the disk is the volume and not another one that has got the same name.
+
+    serial: that the volume was attached with, AttachSpec.disk_serial.
 
     Raises:
         FailedPrecondition: it is another one, or has another size or mode.
         Unavailable, DeadlineExceeded: as for read_disk.
     """
     disk = await read_disk(sysfs, number)
-    wanted = Disk(volume_id[:SERIAL_CHARS], size_bytes, read_only)
+    wanted = Disk(serial.encode()[:_SERIAL_BYTES].decode(errors="replace"), size_bytes, read_only)
     if disk != wanted:
         raise FailedPrecondition(
             f"disk {number} is not what volume {volume_id} should be: found {disk}, expected {wanted}",

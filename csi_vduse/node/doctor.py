@@ -131,7 +131,7 @@ def _tool(name: str, package: str) -> Finding:
 
 
 def _pool(pool: PoolConfig) -> Finding:
-    check, directory = f"pool {pool.name}", Path(pool.location)
+    check, directory = f"pool {pool.name}", pool.directory
     if not directory.is_dir():
         return Finding(check, "bad", f"{directory} is no directory", f"mkdir -p {directory}")
     if not os.access(directory, os.W_OK | os.X_OK):

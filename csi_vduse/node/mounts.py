@@ -7,18 +7,26 @@ the file system below a mount point, so a dead device cannot hang a look-up.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from csi_vduse.errors import CommandFailed, FailedPrecondition, VduseError
+from csi_vduse.agent.bounded import bounded
+from csi_vduse.errors import CommandFailed, DeadlineExceeded, FailedPrecondition, VduseError
 from csi_vduse.run import run
+from csi_vduse.vdpa.disk_users import loops_over
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 MOUNT_TIMEOUT_S = 60.0
 UNMOUNT_TIMEOUT_S = 60.0
+LOOPS_TIMEOUT_S = 5.0
+SYS, DEV = Path("/sys"), Path("/dev")
+# What /dev is.
+_DEVICE_NODES = frozenset({"devtmpfs", "tmpfs"})
 _STACK_LIMIT = 16
 _DELETED = "//deleted"
 # ext4 shows the last two once it has met an error (since Linux 6.15) or was shut down.
@@ -231,11 +239,34 @@ async def unmount(path: str) -> None:
         except CommandFailed as error:
             if top_mount(read_mounts(), path) is None:
                 return
-            raise FailedPrecondition(
-                f"cannot unmount {path}: {error.output.strip()}",
-                hint="end the processes that use it (fuser -vm), then retry",
-            ) from error
+            raise await _in_use(path, error) from error
     raise FailedPrecondition(f"more than {_STACK_LIMIT} mounts lie on {path}", hint="unmount them by hand")
+
+
+async def _in_use(path: str, error: CommandFailed) -> FailedPrecondition:
+    """Return the error for a mount that cannot be taken off; names the loop devices, which no process shows."""
+    loops: list[str] = []
+    with contextlib.suppress(DeadlineExceeded, OSError):
+        loops = await bounded(
+            f"looking for loop devices over {path}",
+            partial(_loops_over, path),
+            timeout_s=LOOPS_TIMEOUT_S,
+            undo=lambda _: None,
+        )
+    text = f"cannot unmount {path}: {error.output.strip()}"
+    if loops:
+        return FailedPrecondition(
+            f"{text}; used by {', '.join(loops)}", hint="detach these loop devices (losetup -d), then retry"
+        )
+    return FailedPrecondition(text, hint="end the processes that use it (fuser -vm), then retry")
+
+
+def _loops_over(path: str) -> list[str]:
+    mount = top_mount(read_mounts(), path)
+    # Of a bound device node; the root of a file system may be on a device that does not answer.
+    is_node = mount is not None and mount.fs_type in _DEVICE_NODES
+    numbers = [os.stat(path).st_rdev] if is_node else []  # noqa: PTH116 - in a thread
+    return loops_over(SYS, DEV, path=path, numbers=numbers)
 
 
 def _expect_mounted(target: str) -> Mount:

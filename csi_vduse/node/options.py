@@ -20,6 +20,8 @@ _REFUSED = frozenset(
     | {"user", "users", "owner", "group", "auto", "noauto"}
     | {"device", "degraded", "logdev", "rtdev", "journal_dev", "journal_path"}
 )
+# Mount a file system whose log is not replayed, which the kernel allows read-only only (ext4, xfs, btrfs).
+_NEED_READ_ONLY = frozenset({"norecovery", "noload", "nologreplay", "rescue"})
 
 
 def check_options(options: Sequence[str]) -> None:
@@ -39,6 +41,17 @@ def check_options(options: Sequence[str]) -> None:
             raise InvalidArgument(
                 f"mount option {name!r} is not allowed", hint="the driver decides what is mounted"
             )
+
+
+def of_staging(wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the options for the mount that a volume's targets are bound from.
+
+    ``ro`` is the target's alone: the file system is mounted writable below it, so that it can replay its log and grow,
+    and so that one that has become read-only is known for a broken one. Unless another option cannot be without it.
+    """
+    if any(option.partition("=")[0] in _NEED_READ_ONLY for option in wanted):
+        return tuple(wanted)
+    return tuple(option for option in wanted if option != "ro")
 
 
 def combine(defaults: Sequence[str], wanted: Sequence[str], *, read_only: bool) -> tuple[str, ...]:

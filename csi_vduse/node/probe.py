@@ -37,19 +37,35 @@ class Blank:
 
 @dataclass(frozen=True)
 class Known:
-    """A file system, by the name blkid gives it."""
+    """A file system, by the name and the UUID that blkid gives it."""
 
     fs_type: str
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Data that is no file system as a whole: a partition table, a volume manager's, or not recognised."""
+    """What has a known mark and is no file system as a whole: a partition table, a volume manager's, several of them."""
 
     description: str
 
 
-Content = Blank | Known | Foreign
+@dataclass(frozen=True)
+class Unrecognised:
+    """Data without any mark that blkid knows; the first of it is in the block at this offset."""
+
+    offset_bytes: int
+
+
+@dataclass(frozen=True)
+class HalfMade:
+    """A file system whose mkfs did not end, and which was never mounted: nobody's data can be in it."""
+
+    fs_type: str
+    uuid: str
+
+
+Content = Blank | Known | Foreign | Unrecognised | HalfMade
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +105,7 @@ def _window(centre_bytes: int) -> tuple[int, int]:
 
 
 async def probe_content(device: str, size_bytes: int) -> Content:
-    """Say what lies on a device.
+    """Say what lies on a device; never HalfMade: only a file system's own tools can tell (filesystems/).
 
     Args:
         device: path of a block device or image.
@@ -114,7 +130,7 @@ async def probe_content(device: str, size_bytes: int) -> Content:
     if output.exit_code == _BLKID_AMBIVALENT:
         return Foreign("signatures of more than one format")
     if output.exit_code == _BLKID_NOTHING:
-        return Blank() if first_data is None else Foreign(f"data of no known format at byte {first_data}")
+        return Blank() if first_data is None else Unrecognised(first_data)
     return interpret_blkid(output.stdout)
 
 
@@ -122,7 +138,7 @@ def interpret_blkid(export: str) -> Known | Foreign:
     """Read blkid's NAME=VALUE lines; pure."""
     values = dict(line.split("=", 1) for line in export.splitlines() if "=" in line)
     if values.get("USAGE") == "filesystem" and "TYPE" in values:
-        return Known(values["TYPE"])
+        return Known(values["TYPE"], values.get("UUID", ""))
     if "TYPE" in values:
         return Foreign(f"{values['TYPE']} ({values.get('USAGE', 'unknown use')})")
     return Foreign(f"a partition table ({values.get('PTTYPE', 'unknown')})")

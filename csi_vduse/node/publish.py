@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
@@ -51,6 +51,8 @@ async def publish(node: NodeContext, request: PublishRequest) -> None:
     volume = await get_volume(node, request.volume_id)
     refuse_impossible(volume, request.use)
     observed = await look(node, volume.id)
+    if observed.attachment is not None and observed.attachment.spec.read_only:
+        request = replace(request, read_only=True)  # there is no other way to use it
     source = await staged_source(observed, request)
     await clear_stale(node, observed, request.target_path)
     if is_published(observed, request):

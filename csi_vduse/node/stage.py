@@ -1,29 +1,33 @@
 """NodeStageVolume: from a volume's id to a device that is proved to be it and, if wanted, mounted.
 
 `stage` reads as the list of what happens. Whatever fails, everything done before it is undone in reverse, so
-a failed stage leaves no mount and no device. What stays is the record of a format begun or done: it is true.
+a failed stage leaves no mount and no device, unless somebody keeps them in use; the next call goes on from there. What
+stays is the record of a format begun or done: it is true.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, AttachSpec, Bus, BusDevice, State
-from csi_vduse.errors import AlreadyExists, CommandFailed, FailedPrecondition, InvalidArgument
+from csi_vduse.dataplane.throttle import UNLIMITED
+from csi_vduse.errors import AlreadyExists, CommandFailed, FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.node import mounts
 from csi_vduse.node.context import NodeContext, Observed, device_number, get_volume, look, serving_device
 from csi_vduse.node.disk import prove_disk
 from csi_vduse.node.expand import fill_device
 from csi_vduse.node.filesystems import Filesystem, get_filesystem
 from csi_vduse.node.foreign import EPOCH, URI
-from csi_vduse.node.formatting import ensure_formatted
-from csi_vduse.node.options import combine
+from csi_vduse.node.formatting import ensure_formatted, forget_begun_format
+from csi_vduse.node.limits import lift
+from csi_vduse.node.options import combine, of_staging
 from csi_vduse.node.stale import clear_stale
+from csi_vduse.volumes.context import READ_ONLY
 from csi_vduse.volumes.model import Volume
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use, objection
 
@@ -32,18 +36,24 @@ from csi_vduse.volumes.policy import READER_MODES, AccessMode, Use, objection
 class StageRequest:
     """What is to be staged, where and how; the path as check_path returns it.
 
-    context: the volume's attributes, and what ControllerPublishVolume told.
+    Args:
+        volume_id: what.
+        staging_path: where.
+        use: how.
+        context: the volume's attributes, and what ControllerPublishVolume told.
+        served_read_only: its server refuses writes.
     """
 
     volume_id: str
     staging_path: str
     use: Use
     context: Mapping[str, str] = field(default_factory=dict)
+    served_read_only: bool = False
 
     @property
     def read_only(self) -> bool:
         """Whether the device itself refuses writes."""
-        return self.use.mode in READER_MODES
+        return self.served_read_only or self.use.mode in READER_MODES or self.context.get(READ_ONLY) == "true"
 
 
 async def stage(node: NodeContext, request: StageRequest) -> None:
@@ -58,9 +68,12 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
         DataLoss: its file system is damaged, or gone.
     """
     observed = await look(node, request.volume_id)
-    volume = await described_volume(node, request, observed)
+    volume, served_read_only = await described_volume(node, request, observed)
+    request = replace(request, served_read_only=served_read_only)
     refuse_impossible(volume, request.use)
     await clear_stale(node, observed, request.staging_path)
+    if request.use.filesystem is None and not request.read_only:
+        await forget_begun_format(node, volume)
     async with AsyncExitStack() as undo:
         attachment = await attach(node, volume, observed, request, undo)
         device = serving_device(attachment)
@@ -69,27 +82,35 @@ async def stage(node: NodeContext, request: StageRequest) -> None:
                 node.sysfs,
                 device_number(device),
                 volume_id=volume.id,
+                serial=attachment.spec.disk_serial,
                 size_bytes=volume.capacity_bytes,
                 read_only=request.read_only,
             )
         if request.use.filesystem is None:
             refuse_mounted(observed)
         elif not is_mounted(observed, request, get_filesystem(request.use.filesystem)):
+            await lift(node, attachment, undo)
             await mount_volume(node, volume, device, request, undo)
+            attachment = replace(attachment, spec=replace(attachment.spec, throttle=UNLIMITED))
+        if attachment.spec.throttle != volume.throttle:
+            await node.agent.throttle(volume.id, volume.throttle)
         undo.pop_all()
 
 
-async def described_volume(node: NodeContext, request: StageRequest, observed: Observed) -> Volume:
-    """Return the registry's volume, or one that it does not know and the request describes."""
+async def described_volume(
+    node: NodeContext, request: StageRequest, observed: Observed
+) -> tuple[Volume, bool]:
+    """Return the registry's volume, or one that the request describes; and whether its server refuses writes."""
     known = await node.registry.get_volume(request.volume_id)
     if known is not None or node.foreign is None or URI not in request.context:
-        return await get_volume(node, request.volume_id)
+        return await get_volume(node, request.volume_id), False
+    given = None
     if observed.attachment is not None:
-        present = await node.foreign.find(request.volume_id)
-        if present is not None:
-            return replace(present, filesystem=None)
-    refuse_unfenced(request)
-    return await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+        given = await node.foreign.staged(request.volume_id, request.context)
+    if given is None:
+        refuse_unfenced(request)
+        given = await node.foreign.adopt(request.volume_id, request.context, node.data_path)
+    return given.volume, given.read_only
 
 
 def refuse_unfenced(request: StageRequest) -> None:
@@ -111,7 +132,7 @@ def refuse_impossible(volume: Volume, use: Use) -> None:
 async def attach(
     node: NodeContext, volume: Volume, observed: Observed, request: StageRequest, undo: AsyncExitStack
 ) -> Attachment:
-    """Have the agent attach the volume, or take the attachment that is there if it is the same."""
+    """Have the agent attach the volume, without limits yet, or take the attachment that is there if it is the same."""
     parameters = volume.parameters
     spec = AttachSpec(
         volume_id=volume.id,
@@ -122,12 +143,11 @@ async def attach(
         queues=parameters.queues,
         queue_size=parameters.queue_size,
         block_size_bytes=parameters.block_size_bytes,
-        throttle=volume.throttle,
     )
     present = observed.attachment
     if present is None:
         # Pushed first: the agent may finish an attach whose answer does not reach us.
-        undo.push_async_callback(node.agent.detach, volume.id)
+        undo.push_async_callback(take_back, node.agent.detach, volume.id)
         return await node.agent.attach(spec)
     if present.state is not State.ATTACHED:
         return await node.agent.attach(spec)
@@ -141,11 +161,17 @@ async def attach(
         raise AlreadyExists(
             f"volume {volume.id} is staged {mode}", hint="unstage it before staging it otherwise"
         )
-    if present.spec.throttle != volume.throttle:
-        present = await node.agent.throttle(volume.id, volume.throttle)
     if present.spec.capacity_bytes != volume.capacity_bytes:
         return await node.agent.resize(volume.id, volume.capacity_bytes)
     return present
+
+
+async def take_back(act: Callable[[str], Awaitable[None]], what: str) -> None:
+    """Undo a step of a stage that failed. What stays is left to the next call: it is not why this one failed."""
+    try:
+        await act(what)
+    except VduseError as error:
+        log.get().warning("a failed stage leaves something behind", what=what, error=str(error))
 
 
 def refuse_mounted(observed: Observed) -> None:
@@ -179,7 +205,8 @@ def is_mounted(observed: Observed, request: StageRequest, filesystem: Filesystem
         return False
     if top.fs_type != filesystem.name:
         raise AlreadyExists(f"the volume is staged as {top.fs_type}; {filesystem.name} was asked for")
-    if top.is_write_protected and not request.read_only:
+    # With the option it may be staged so on purpose: with others that need it, or by a release that knew no better.
+    if top.is_write_protected and not request.read_only and "ro" not in request.use.mount_flags:
         raise FailedPrecondition(
             f"the file system at {request.staging_path} has become read-only",
             hint="it met I/O errors: look at the kernel log, unstage the volume and stage it again",
@@ -199,7 +226,7 @@ async def mount_volume(
     if not fresh and not request.read_only:
         await filesystem.check(path)
     prepare_directory(request.staging_path, undo)
-    undo.push_async_callback(mounts.unmount, request.staging_path)
+    undo.push_async_callback(take_back, mounts.unmount, request.staging_path)
     await mount_file_system(path, request, filesystem)
     prove_mounted(device, request.staging_path)
     if not fresh and not request.read_only:
@@ -227,7 +254,7 @@ def prepare_directory(path: str, undo: AsyncExitStack) -> None:
 
 async def mount_file_system(device: str, request: StageRequest, filesystem: Filesystem) -> None:
     """Mount; on a device that refuses writes, without replaying the log if that is what stands in the way."""
-    flags = request.use.mount_flags
+    flags = of_staging(request.use.mount_flags)
     options = combine(filesystem.default_options, flags, read_only=request.read_only)
     try:
         await mounts.mount_device(device, request.staging_path, fs_type=filesystem.name, options=options)

@@ -5,10 +5,13 @@ A missing mount, device or volume is not an error: what should not be there is n
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 from csi_vduse import log
 from csi_vduse.agent.model import Bus
-from csi_vduse.errors import FailedPrecondition, VduseError
+from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, VduseError
 from csi_vduse.node.context import NodeContext, Observed, look
+from csi_vduse.node.limits import lift
 from csi_vduse.node.mounts import top_mount, unmount
 from csi_vduse.node.stale import foreign_mount, is_stale
 from csi_vduse.run import run
@@ -34,13 +37,28 @@ async def unstage(node: NodeContext, volume_id: str, staging_path: str) -> None:
     if mount is not None:
         if mount not in observed.uses() and not is_stale(mount, node.sysfs):
             raise foreign_mount(observed, mount)
-        await unmount(staging_path)
+        await unmount_unlimited(node, observed, staging_path)
         if mount.fs_type == "btrfs":
             await forget_btrfs_device(mount.source)
     await node.agent.detach(volume_id)
     await prove_gone(node, volume_id, staging_path)
     if node.foreign is not None:
         await node.foreign.forget(volume_id)
+
+
+async def unmount_unlimited(node: NodeContext, observed: Observed, path: str) -> None:
+    """Unmount without the volume's limits: the last data is written back now, and the volume's users are gone."""
+    async with AsyncExitStack() as undo:
+        if observed.attachment is not None:
+            try:
+                await lift(node, observed.attachment, undo)
+            except VduseError as error:
+                log.get().warning("unmounting with limits in force", error=str(error))
+        try:
+            await unmount(path)
+        except DeadlineExceeded:
+            undo.pop_all()  # the kernel goes on with it
+            raise
 
 
 def refuse_published(observed: Observed, staging_path: str) -> None:

@@ -296,6 +296,7 @@ class Attachment(_message.Message):
     THROTTLE_FIELD_NUMBER: _builtins.int
     PACKED_FIELD_NUMBER: _builtins.int
     WORKER_VERSION_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     device_name: _builtins.str
     """/dev/vduse/NAME"""
@@ -316,6 +317,8 @@ class Attachment(_message.Message):
     packed: _builtins.bool
     worker_version: _builtins.str
     """release of its program; empty: none, or not known"""
+    serial: _builtins.str
+    """of the disk, which answers with 20 bytes of it; empty: volume_id"""
     @_builtins.property
     def backend(self) -> Global___Backend: ...
     @_builtins.property
@@ -341,10 +344,11 @@ class Attachment(_message.Message):
         throttle: Global___Throttle | None = ...,
         packed: _builtins.bool = ...,
         worker_version: _builtins.str = ...,
+        serial: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "throttle", b"throttle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "device_name", b"device_name", "major", b"major", "minor", b"minor", "packed", b"packed", "path", b"path", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "state", b"state", "state_reason", b"state_reason", "throttle", b"throttle", "volume_id", b"volume_id", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "device_name", b"device_name", "major", b"major", "minor", b"minor", "packed", b"packed", "path", b"path", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "serial", b"serial", "state", b"state", "state_reason", b"state_reason", "throttle", b"throttle", "volume_id", b"volume_id", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,8 @@
 """Cutting a copy of a volume that may be in use, at one point in time.
 
 An attached volume of a file pool is held still by its worker while it is copied: requests wait, none fails. With shared
-blocks that takes milliseconds; a full copy takes as long as the allocated bytes need. The hold ends by itself
+blocks that takes milliseconds; a full copy takes as long as the allocated bytes need, and is refused before anything
+waits if that is longer than the pool allows. The hold ends by itself
 if we die, a copy that outlives its hold is thrown away by the backend, and one whose worker did not outlive it
 is not counted: the next worker knows of no hold. So no copy is ever a mixture of two times. The caller holds
 the volume's lock: nobody attaches it meanwhile.
@@ -25,8 +26,6 @@ _FIXED_S = 30.0
 _BYTES_PER_S = 32 << 20
 # The worker's hold outlasts our deadline by this, for the way of the message.
 _HOLD_MARGIN_S = 5.0
-# The agent allows no hold beyond 300 s (MAX_HOLD_S there): applications would take it for a hang.
-_MAX_HOLD_S = 300.0 - _HOLD_MARGIN_S
 # A volume that was held in vain is spared for so many times as long: callers try again by themselves, after
 # seconds, and each try would stop the application for minutes.
 _SPARED_FACTOR = 12
@@ -65,7 +64,8 @@ class Copies:
                 another worker than when its hold began.
         """
         async with self._slots:
-            need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
+            moving_s = await backend.allocated_bytes(volume) / _BYTES_PER_S
+            need_s = _FIXED_S + moving_s
             # Asked before the hold: a worker that is found after it may be one that has never heard of it.
             holder = await self._attachment(volume.id) if backend.needs_hold else None
             if holder is None:
@@ -74,7 +74,13 @@ class Copies:
                 # A pool that copies what is being written ends with the content of this moment.
                 return before_ns if backend.needs_hold else time.time_ns()
             self._refuse_spared(volume.id)
-            hold_s = min(need_s, _MAX_HOLD_S)
+            if moving_s > backend.max_hold_s and not await backend.shares_blocks():
+                raise FailedPrecondition(
+                    f"volume {volume.id} is attached, and its I/O would wait for about {moving_s:.0f} s while it is "
+                    f"copied; pool {backend.name!r} allows {backend.max_hold_s:.0f} s",
+                    hint=f"{_INSTEAD}; or allow it: max-hold-seconds of the pool",
+                )
+            hold_s = min(need_s, backend.max_hold_s)
             until_s = time.monotonic() + hold_s
             try:  # a hold whose answer did not reach us may have begun
                 await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)

@@ -10,7 +10,7 @@ import time
 from csi_vduse.errors import AlreadyExists, InvalidArgument, OutOfRange
 from csi_vduse.services.validation import CreateVolume, ExpandVolume
 from csi_vduse.volumes import sizes
-from csi_vduse.volumes.model import Snapshot, State, Volume
+from csi_vduse.volumes.model import FilesystemState, Snapshot, State, Volume, record_of_copy
 from csi_vduse.volumes.policy import Use, is_shared, objection
 from csi_vduse.volumes.topology import Segments, satisfies
 
@@ -50,7 +50,7 @@ def new_volume(
         ),
         parameters=request.asked.resolve(block_size_bytes(source)),
         source=request.source,
-        filesystem=source.filesystem if source else None,
+        filesystem=record_of_copy(source.filesystem) if source else None,
         state=State.CREATING,
         created_at_ns=time.time_ns(),
         throttle=request.asked.throttle,
@@ -135,8 +135,19 @@ def grown_bytes(volume: Volume, request: ExpandVolume) -> int:
 
 def mismatch(volume: Volume, uses: tuple[Use, ...]) -> str:
     """Say why a volume cannot be used so, or nothing if it can."""
-    reasons = (objection(use, backend=volume.backend, bus=volume.parameters.bus) for use in uses)
+    reasons = (
+        objection(use, backend=volume.backend, bus=volume.parameters.bus) or _other_filesystem(use, volume)
+        for use in uses
+    )
     return next((reason for reason in reasons if reason), "")
+
+
+def _other_filesystem(use: Use, volume: Volume) -> str:
+    """Say that a volume carries another file system; what it is while it is being made is the node's to say."""
+    found = volume.filesystem
+    if found is None or found.state is not FilesystemState.FORMATTED or use.filesystem in {None, found.type}:
+        return ""
+    return f"the volume, or what it is a copy of, is formatted as {found.type}, not as {use.filesystem}"
 
 
 def require_possible(uses: tuple[Use, ...], volume: Volume) -> None:

@@ -15,6 +15,7 @@ from csi_vduse.dataplane import nbd_uri
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, NotFound
 from csi_vduse.services.validation import PublishVolume
 from csi_vduse.vdpa.model import Bus
+from csi_vduse.volumes.context import READ_ONLY
 from csi_vduse.volumes.model import State, Volume
 from csi_vduse.volumes.policy import READER_MODES, AccessMode, is_shared, objection
 from csi_vduse.volumes.registry import Registry
@@ -95,6 +96,10 @@ class Publisher:
             FailedPrecondition: another node's use excludes this one, or the volume cannot be used there.
             Unavailable: the storage server is away.
         """
+        told = await self._publish(request)
+        return {**told, READ_ONLY: "true"} if _read_only(request) else told
+
+    async def _publish(self, request: PublishVolume) -> dict[str, str]:
         volume = await self._registry.get_volume(request.volume_id)
         if volume is None and nbd.URI in request.context:
             return await self._publish_static(request)
@@ -115,7 +120,7 @@ class Publisher:
         return await self._pools.holding(volume.pool).publish(
             volume,
             request.node_id,
-            read_only=request.read_only or request.use.mode in READER_MODES,
+            read_only=_read_only(request),
             shared=request.use.mode is AccessMode.MULTI_NODE_MULTI_WRITER,
         )
 
@@ -161,3 +166,8 @@ class Publisher:
         if volume.node:
             return (volume.node,)
         return await self._pools.holding(volume.pool).nodes_of(volume.id)
+
+
+def _read_only(request: PublishVolume) -> bool:
+    """Tell whether the node may only read: its access mode says so, or the PersistentVolume does (`csi.readOnly`)."""
+    return request.read_only or request.use.mode in READER_MODES

@@ -16,7 +16,7 @@ from csi_vduse.services.copies import Copies
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import CreateSnapshot
 from csi_vduse.volumes.ids import snapshot_id as snapshot_id_of
-from csi_vduse.volumes.model import Snapshot, State
+from csi_vduse.volumes.model import Snapshot, State, record_of_copy
 from csi_vduse.volumes.policy import is_shared
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, satisfies
@@ -88,7 +88,7 @@ class Snapshotter:
             size_bytes=volume.capacity_bytes,
             created_at_ns=time.time_ns(),
             state=State.CREATING,
-            filesystem=volume.filesystem,
+            filesystem=record_of_copy(volume.filesystem),
             block_size_bytes=volume.parameters.block_size_bytes,
         )
         await self._reservations.reserve(

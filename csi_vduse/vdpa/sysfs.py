@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csi_vduse.errors import FailedPrecondition
+from csi_vduse.vdpa.disk_users import loops_over, mount_lines, mounts_anywhere, numbers_of
 from csi_vduse.vdpa.model import Bus, BusDevice
 
-_MOUNTINFO_DEVICE_FIELD = 2  # "major:minor", proc_pid_mountinfo(5)
-_MOUNTINFO_POINT_FIELD = 4
 _REMOTE_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "ceph", "9p", "afs", "virtiofs", "glusterfs", "lustre")
 _SECTOR_BYTES = 512  # of sysfs "size", whatever the block size
 
@@ -153,14 +152,15 @@ class Sysfs:
     def mount_points(self, name: str) -> list[str]:
         """Where a file system of the disk is mounted, in our mount namespace and the host's (pid 1)."""
         numbers = self._disk_numbers(name)
-        points: set[str] = set()
-        for process in ("self", "1"):
-            with contextlib.suppress(OSError):
-                for line in (self.roots.proc / process / "mountinfo").read_text().splitlines():
-                    fields = line.split(" ")
-                    if fields[_MOUNTINFO_DEVICE_FIELD] in numbers:
-                        points.add(fields[_MOUNTINFO_POINT_FIELD])
-        return sorted(points)
+        device = self.find_disk(name)
+        return sorted(
+            {
+                line.point
+                for process in ("self", "1")
+                for line in mount_lines(self.roots.proc / process / "mountinfo")
+                if line.is_of(numbers, str(device.path) if device else "")
+            }
+        )
 
     def openers(self, device: BusDevice) -> list[str]:
         """Processes that hold the device open, as "PID (NAME)"; only those that we are allowed to see."""
@@ -180,20 +180,41 @@ class Sysfs:
     def claim_disk(self, device: BusDevice) -> int:
         """Open the disk exclusively: nobody can mount it or stack on it until the descriptor is closed.
 
-        O_EXCL without O_CREAT on a block device is the kernel's claim (open(2)).
+        O_EXCL without O_CREAT on a block device is the kernel's claim (open(2)). A loop device over it is no obstacle to
+        that, and must be looked for. Takes as long as reading every process's mount table, if the disk is in use.
 
         Raises:
-            FailedPrecondition: it is in use.
+            FailedPrecondition: it is in use; says by whom.
         """
         try:
-            return os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(device.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise FailedPrecondition(
-                    f"{device.path} is in use: mounted, or claimed by another device",
+                    f"{device.path} is in use: {self._claimant(device)}",
                     hint="unmount it and remove what is stacked on it first",
                 ) from error
             raise
+        loops = self._loops(device)
+        if loops:
+            os.close(fd)
+            raise FailedPrecondition(
+                f"{device.path} is used by {', '.join(loops)}",
+                hint="detach these loop devices first: losetup -d",
+            )
+        return fd
+
+    def _claimant(self, device: BusDevice) -> str:
+        numbers = {f"{major}:{minor}" for major, minor in numbers_of(self.roots.sys, device)}
+        if places := mounts_anywhere(self.roots.proc, numbers, str(device.path)):
+            return f"mounted at {', '.join(places)}"
+        if loops := self._loops(device):
+            return ", ".join(loops)
+        return "mounted, or claimed by another device"
+
+    def _loops(self, device: BusDevice) -> list[str]:
+        numbers = {os.makedev(major, minor) for major, minor in numbers_of(self.roots.sys, device)}
+        return loops_over(self.roots.sys, self.roots.dev, path=str(device.path), numbers=numbers)
 
     def _numbers(self, directory: Path, name: str) -> BusDevice | None:
         try:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from csi_vduse.volumes.model import Volume
 
+# Of a publish_context: "true" if the node may only read the volume; else not there.
+READ_ONLY = "readOnly"
+
 
 def volume_context(volume: Volume) -> dict[str, str]:
     """Return the pairs; the same for the whole life of the volume. `queues` 0: the node chooses."""

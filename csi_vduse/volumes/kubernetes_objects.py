@@ -9,21 +9,20 @@ to a registry: no image, no promise. The names of the states are those of the mo
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any
 
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument, VduseError
 from csi_vduse.kube.resources import API_VERSION, FINALIZER, SNAPSHOTS, VOLUMES, Object, is_going
 from csi_vduse.vdpa.model import Bus
 from csi_vduse.volumes.model import (
-    FilesystemRecord,
-    FilesystemState,
     Snapshot,
     Source,
     SourceKind,
     State,
     Volume,
     VolumeParameters,
+    filesystem_from_json,
+    filesystem_to_json,
 )
 
 FAILED = "Failed"
@@ -92,7 +91,7 @@ def volume_status(volume: Volume, before: Object) -> Object:
         "capacityBytes": volume.capacity_bytes,
         "capacity": quantity(volume.capacity_bytes),
         "expandingToBytes": volume.expanding_to_bytes,
-        "filesystem": _filesystem_object(volume.filesystem),
+        "filesystem": filesystem_to_json(volume.filesystem),
     }
 
 
@@ -146,7 +145,7 @@ def volume_from_object(found: Object) -> Volume | None:
             capacity_bytes=int(status["capacityBytes"]),
             parameters=wanted.parameters,
             source=wanted.source,
-            filesystem=_filesystem_from(status.get("filesystem")),
+            filesystem=filesystem_from_json(status.get("filesystem")),
             state=State.DELETING if is_going(found) else state,
             created_at_ns=wanted.created_at_ns,
             expanding_to_bytes=int(status.get("expandingToBytes", 0)),
@@ -180,7 +179,7 @@ def snapshot_status(snapshot: Snapshot, before: Object) -> Object:
         "sizeBytes": snapshot.size_bytes,
         "size": quantity(snapshot.size_bytes),
         "cutAtNanoseconds": snapshot.created_at_ns,
-        "filesystem": _filesystem_object(snapshot.filesystem),
+        "filesystem": filesystem_to_json(snapshot.filesystem),
         "blockSizeBytes": snapshot.block_size_bytes,
     }
 
@@ -204,7 +203,7 @@ def snapshot_from_object(found: Object) -> Snapshot | None:
             size_bytes=int(status["sizeBytes"]),
             created_at_ns=int(status["cutAtNanoseconds"]),
             state=State.DELETING if is_going(found) else state,
-            filesystem=_filesystem_from(status.get("filesystem")),
+            filesystem=filesystem_from_json(status.get("filesystem")),
             block_size_bytes=int(status["blockSizeBytes"]),
             node=spec.get("nodeName", ""),
         )
@@ -273,14 +272,6 @@ def _created_at_ns(found: Object) -> int:
     if not text:
         return 0
     return int(dt.datetime.fromisoformat(text).timestamp()) * 10**9
-
-
-def _filesystem_object(filesystem: FilesystemRecord | None) -> Object | None:
-    return {"type": filesystem.type, "state": filesystem.state.value} if filesystem else None
-
-
-def _filesystem_from(value: Any) -> FilesystemRecord | None:  # noqa: ANN401 - JSON
-    return FilesystemRecord(value["type"], FilesystemState(value["state"])) if value else None
 
 
 def _damaged(found: Object, error: Exception) -> DataLoss:

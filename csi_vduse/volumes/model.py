@@ -37,11 +37,27 @@ class FilesystemRecord:
     """What the volume's own metadata says about its file system.
 
     Written as `formatting` before the first byte of a mkfs and as `formatted` after its last one. A volume
-    without this record has never been formatted by us. Clones and restored snapshots inherit it.
+    without this record has never been formatted by us.
+
+    Args:
+        type: such as "ext4".
+        state: see FilesystemState.
+        uuid: that the file system being made is to have; empty once it is made, and in records of releases that
+            chose none.
     """
 
     type: str
     state: FilesystemState
+    uuid: str = ""
+
+
+def record_of_copy(source: FilesystemRecord | None) -> FilesystemRecord | None:
+    """Return what may be said of a copy, from its source's record as it was read before the copy was cut.
+
+    Only `formatted` stays true whatever happens until the cut. A file system that is being made may be finished and
+    hold data by then; the copy's content decides.
+    """
+    return source if source is not None and source.state is FilesystemState.FORMATTED else None
 
 
 class SourceKind(Enum):
@@ -128,7 +144,7 @@ class Snapshot:
         size_bytes: capacity of the volume when it was cut.
         created_at_ns: when the data was cut, nanoseconds since 1970, UTC.
         state: see State; usable only when ready.
-        filesystem: the volume's record when it was cut.
+        filesystem: what its content is known to be, see record_of_copy.
         block_size_bytes: the volume's block size.
         node: the node that its pool is on; as Volume.node.
     """
@@ -161,7 +177,7 @@ def volume_to_json(volume: Volume) -> dict[str, Any]:
             "block_size_bytes": parameters.block_size_bytes,
         },
         "source": {"kind": volume.source.kind.value, "id": volume.source.id} if volume.source else None,
-        "filesystem": _filesystem_to_json(volume.filesystem),
+        "filesystem": filesystem_to_json(volume.filesystem),
         "state": volume.state.value,
         "created_at_ns": volume.created_at_ns,
         "expanding_to_bytes": volume.expanding_to_bytes,
@@ -191,7 +207,7 @@ def volume_from_json(record: dict[str, Any]) -> Volume:
                 block_size_bytes=int(parameters["block_size_bytes"]),
             ),
             source=Source(SourceKind(source["kind"]), source["id"]) if source else None,
-            filesystem=_filesystem_from_json(record["filesystem"]),
+            filesystem=filesystem_from_json(record["filesystem"]),
             state=State(record["state"]),
             created_at_ns=int(record["created_at_ns"]),
             expanding_to_bytes=int(record["expanding_to_bytes"]),
@@ -211,7 +227,7 @@ def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
         "size_bytes": snapshot.size_bytes,
         "created_at_ns": snapshot.created_at_ns,
         "state": snapshot.state.value,
-        "filesystem": _filesystem_to_json(snapshot.filesystem),
+        "filesystem": filesystem_to_json(snapshot.filesystem),
         "block_size_bytes": snapshot.block_size_bytes,
     }
 
@@ -231,19 +247,30 @@ def snapshot_from_json(record: dict[str, Any]) -> Snapshot:
             size_bytes=int(record["size_bytes"]),
             created_at_ns=int(record["created_at_ns"]),
             state=State(record["state"]),
-            filesystem=_filesystem_from_json(record["filesystem"]),
+            filesystem=filesystem_from_json(record["filesystem"]),
             block_size_bytes=int(record["block_size_bytes"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged("snapshot", record, error) from error
 
 
-def _filesystem_to_json(filesystem: FilesystemRecord | None) -> dict[str, str] | None:
-    return {"type": filesystem.type, "state": filesystem.state.value} if filesystem else None
+def filesystem_to_json(filesystem: FilesystemRecord | None) -> dict[str, str] | None:
+    """Encode for a record or an object of the Kubernetes API; one without a UUID as releases before it did."""
+    if filesystem is None:
+        return None
+    of_mkfs = {"uuid": filesystem.uuid} if filesystem.uuid else {}
+    return {"type": filesystem.type, "state": filesystem.state.value, **of_mkfs}
 
 
-def _filesystem_from_json(value: dict[str, str] | None) -> FilesystemRecord | None:
-    return FilesystemRecord(value["type"], FilesystemState(value["state"])) if value else None
+def filesystem_from_json(value: dict[str, str] | None) -> FilesystemRecord | None:
+    """Decode what `filesystem_to_json` made.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    if not value:
+        return None
+    return FilesystemRecord(value["type"], FilesystemState(value["state"]), value.get("uuid", ""))
 
 
 def _damaged(kind: str, record: dict[str, Any], error: Exception) -> DataLoss:

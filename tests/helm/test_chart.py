@@ -16,10 +16,12 @@ import pytest
 import yaml
 
 from csi_vduse import DRIVER_NAME, __version__, metrics
+from csi_vduse.backends.file import parse_location
 from csi_vduse.cli.main import main
+from csi_vduse.config import parse_pools
 from csi_vduse.kube.resources import NODES, SNAPSHOTS, VOLUMES
 from csi_vduse.volumes import kubernetes_objects as objects
-from csi_vduse.volumes.model import State
+from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, State
 from lab.dashboard import prometheus
 from tests.unit.volumes.test_registry_directory import a_snapshot, a_volume
 
@@ -259,6 +261,19 @@ def test_every_command_line_is_one_that_the_program_knows(fixture, request, monk
     assert sorted(ran) == ["controller", "node"]
 
 
+def test_a_pool_may_allow_long_holds(helm):
+    found = rendered(
+        helm, "--set", "pools[0].name=a,pools[0].kind=file,pools[0].path=/a,pools[0].maxHoldSeconds=120"
+    )
+    (arguments,) = (
+        each["spec"]["template"]["spec"]["containers"][0]["args"]
+        for name, each in of_kind(found, "DaemonSet").items()
+        if name.endswith("node")
+    )
+    (pool,) = parse_pools([text.removeprefix("--pool=") for text in arguments if text.startswith("--pool=")])
+    assert parse_location(pool.location).max_hold_s == 120
+
+
 def crd(found: list[dict], plural: str) -> dict:
     return of_kind(found, "CustomResourceDefinition")[f"{plural}.csi.vduse.dev"]["spec"]
 
@@ -294,7 +309,9 @@ def conforms(value, schema, path="") -> None:
 
 
 def test_what_we_write_is_what_the_custom_resources_hold(default):
-    for volume in (a_volume(node="n1"), a_volume(source=None, filesystem=None, state=State.CREATING)):
+    begun = FilesystemRecord("ext4", FilesystemState.FORMATTING, "11111111-1111-4111-8111-111111111111")
+    bare = a_volume(source=None, filesystem=None, state=State.CREATING)
+    for volume in (a_volume(node="n1"), bare, a_volume(filesystem=begun)):
         written = objects.volume_object(volume)
         schema = schema_of(default, "vdusevolumes")["properties"]
         conforms(written["spec"], schema["spec"], "spec")

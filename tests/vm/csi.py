@@ -134,6 +134,11 @@ class Driver:
         wanted = csi_pb2.CapacityRange(required_bytes=size_mib * MIB)
         grown = csi_pb2.ControllerExpandVolumeRequest(volume_id=volume.id, capacity_range=wanted)
         assert self._controller.ControllerExpandVolume(grown, timeout=CALL_TIMEOUT_S).node_expansion_required
+        return self.expand_on_node(volume, path, size_mib)
+
+    def expand_on_node(self, volume: Volume, path: Path, size_mib: int) -> int:
+        """Return the node's answer."""
+        wanted = csi_pb2.CapacityRange(required_bytes=size_mib * MIB)
         request = csi_pb2.NodeExpandVolumeRequest(
             volume_id=volume.id, volume_path=str(path), capacity_range=wanted
         )

@@ -153,7 +153,7 @@ def test_an_export_made_beforehand_is_mounted_by_its_uri(
     process = subprocess.Popen(argv)
     try:
         volume = Volume(f"erp/{plain}", f"erp-{plain}")
-        attributes = {"uri": uri, "queues": "1"}
+        attributes = {"uri": uri}  # nbd-server allows one connection, the others several: each says so
         wait_until(lambda: can_stage(first, volume, attributes), "staging", 120)
         path = first.staging(volume)
         (path / "data").write_bytes(b"static" * 1000)

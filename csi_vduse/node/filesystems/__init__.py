@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from csi_vduse.errors import InvalidArgument
-from csi_vduse.node.filesystems.base import Filesystem
+from csi_vduse.node.filesystems.base import Filesystem, Making
 from csi_vduse.node.filesystems.btrfs import Btrfs
 from csi_vduse.node.filesystems.ext4 import Ext4
 from csi_vduse.node.filesystems.xfs import Xfs
 
-__all__ = ["FILESYSTEMS", "Filesystem", "get_filesystem"]
+__all__ = ["FILESYSTEMS", "Filesystem", "Making", "get_filesystem"]
 
 FILESYSTEMS: dict[str, Filesystem] = {"ext4": Ext4(), "xfs": Xfs(), "btrfs": Btrfs()}
 

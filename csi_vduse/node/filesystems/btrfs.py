@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from csi_vduse.errors import VduseError
-from csi_vduse.node.filesystems.base import GROW_TIMEOUT_S, MKFS_TIMEOUT_S, QUERY_TIMEOUT_S
+from csi_vduse.errors import CommandFailed, Unavailable, VduseError
+from csi_vduse.node.filesystems.base import (
+    CHECK_TIMEOUT_S,
+    GROW_TIMEOUT_S,
+    MKFS_TIMEOUT_S,
+    QUERY_TIMEOUT_S,
+    Making,
+    saw_damage,
+)
 from csi_vduse.run import run
 
 _DEVICE_SIZE = re.compile(r"^\s*Device size:\s*(\d+)\s*$", re.MULTILINE)
@@ -21,9 +28,21 @@ class Btrfs:
     default_options: tuple[str, ...] = ()
     skip_replay_option: str = "rescue=nologreplay"
 
-    async def make(self, device: str) -> None:
+    async def make(self, device: str, uuid: str) -> None:
         """Make an empty btrfs; -K: do not discard."""
-        await run(["mkfs.btrfs", "-q", "-K", device], timeout_s=MKFS_TIMEOUT_S)
+        await run(["mkfs.btrfs", "-q", "-K", "-U", uuid, device], timeout_s=MKFS_TIMEOUT_S)
+
+    async def examine(self, device: str) -> Making:
+        """Have `btrfs check` look at everything; an unfinished one has no mark that blkid knows (mkfs.btrfs)."""
+        try:
+            await run(["btrfs", "check", "--readonly", device], timeout_s=CHECK_TIMEOUT_S)
+        except CommandFailed as error:
+            if saw_damage(error):
+                return Making.DAMAGED
+            raise Unavailable(
+                f"btrfs check could not look at {device}: {error}", hint="no damage was seen; retry"
+            ) from error
+        return Making.WHOLE
 
     async def check(self, device: str) -> None:
         """Do nothing: mounting replays the log, and `btrfs check` is for people (fsck.btrfs(8))."""

@@ -57,6 +57,67 @@ async def test_limits_begin_after_the_bus_and_end_before_it(agent: Agent, kernel
     assert told(kernel) == ["limit 0", "bus detach"]
 
 
+async def test_limits_end_before_anybody_who_has_the_disk_open_is_waited_for(
+    agent: Agent, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+):
+    """It may be udev, which reads, and would not come to an end."""
+    await agent.attach(SPEC)
+    kernel.steps.clear()
+    openers = iter([["5 (dd)"], []])
+
+    def look(*_: object) -> list[str]:
+        kernel.steps.append("bus: is anybody there?")
+        return next(openers)
+
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", look)
+    await agent.detach("vol-1")
+    assert told(kernel) == ["limit 0", *["bus: is anybody there?"] * 2, "bus detach"]
+
+
+async def test_limits_are_back_when_the_disk_is_in_use(
+    agent: Agent, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+):
+    await agent.attach(SPEC)
+    kernel.steps.clear()
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", lambda *_: ["5 (dd)"])
+    monkeypatch.setattr("csi_vduse.agent.detach._OPENERS_GRACE_S", 0.1)
+    with pytest.raises(FailedPrecondition, match="dd"):
+        await agent.detach("vol-1")
+    assert told(kernel) == ["limit 0", "limit 7"]
+
+
+async def test_a_worker_that_dies_meanwhile_does_not_hide_why_a_disk_stays(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+):
+    """It cannot be told of its limits again; the next one is, by what is recorded."""
+    attachment = await agent.attach(SPEC)
+
+    def look(*_: object) -> list[str]:
+        os.kill(attachment.worker_pid, signal.SIGKILL)
+        return ["5 (dd)"]
+
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", look)
+    monkeypatch.setattr("csi_vduse.agent.detach._OPENERS_GRACE_S", -1.0)
+    with pytest.raises(FailedPrecondition, match="dd"):
+        await agent.detach("vol-1")
+    assert agent.attachments()[0].spec.throttle == Throttle(7)
+
+
+@pytest.mark.parametrize("name", ["(udev-worker)", "systemd-udevd", "udevd"])
+async def test_udev_is_waited_for_longer_than_others(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """It goes by itself, and nobody can be told to end it."""
+    await agent.attach(SPEC)
+    until = asyncio.get_running_loop().time() + 0.5
+    monkeypatch.setattr(
+        "csi_vduse.vdpa.sysfs.Sysfs.openers",
+        lambda *_: [f"5 ({name})"] if asyncio.get_running_loop().time() < until else [],
+    )
+    monkeypatch.setattr("csi_vduse.agent.detach._OPENERS_GRACE_S", 0.1)
+    await agent.detach("vol-1")
+
+
 async def test_limits_are_back_when_a_detach_fails(agent: Agent, kernel: FakeKernel):
     await agent.attach(SPEC)
     kernel.steps.clear()

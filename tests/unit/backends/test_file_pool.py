@@ -4,17 +4,22 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from csi_vduse.backends import copying, file
+from csi_vduse.backends.pools import open_pools
+from csi_vduse.config import parse_pool
 from csi_vduse.errors import (
     DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
+    InvalidArgument,
     OutOfRange,
     PermissionDenied,
     ResourceExhausted,
@@ -22,6 +27,7 @@ from csi_vduse.errors import (
 )
 from csi_vduse.files import remove_tree
 from tests.unit.backends.builders import MIB, a_pool, a_snapshot, a_volume, files_below, image_of, soon
+from tests.unit.node.loop_agent import loop_works
 
 
 @pytest.fixture
@@ -368,3 +374,44 @@ async def test_a_really_full_pool_is_exhausted_and_leaves_nothing(tmp_path):
         pool.close()
     finally:
         os.system(f"umount {tmp_path}/pool")
+
+
+def test_where_a_pool_is_and_how_long_it_may_hold():
+    assert file.parse_location("/pool") == file.FileLocation(Path("/pool"), 10)
+    assert file.parse_location("/pool?max-hold-seconds=120") == file.FileLocation(Path("/pool"), 120)
+    for wrong, said in (
+        ("/pool?max-hold-seconds=", "is not 0 to 295"),
+        ("/pool?max-hold-seconds=296", "is not 0 to 295"),
+        ("/pool?max-hold-seconds=-1", "is not 0 to 295"),
+        ("/pool?hold=1", "unknown option 'hold'"),
+    ):
+        with pytest.raises(InvalidArgument, match=said):
+            open_pools([parse_pool(f"p=file:{wrong}")], Path("/state"))
+
+
+async def test_whether_copies_share_blocks_is_tried(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(copying.fcntl, "ioctl", lambda *_: 0)
+    assert await pool.shares_blocks()
+
+    def cannot(*_):
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(copying.fcntl, "ioctl", cannot)
+    assert not await pool.shares_blocks()
+    assert [path.name for path in (tmp_path / "pool").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(("fs", "shares"), [("xfs", True), ("btrfs", True), ("ext4", False)])
+async def test_file_systems_that_share_blocks_are_known(tmp_path, fs, shares):
+    if not loop_works():
+        pytest.skip("no loop devices here (needs root)")
+    image, place = tmp_path / "image", tmp_path / "place"
+    image.touch()
+    os.truncate(image, 320 * MIB)
+    place.mkdir()
+    subprocess.run([f"mkfs.{fs}", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    try:
+        assert copying.can_share_blocks(place) is shares
+    finally:
+        subprocess.run(["umount", place], check=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,21 @@ from tests.unit.storage.nbd_client import NbdClient
 
 def losetup(*arguments: str) -> str:
     return subprocess.run(["losetup", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cut(serial: str) -> str:
+    """What a disk answers to GET_ID, as sysfs shows it: 20 bytes (VIRTIO_BLK_ID_BYTES)."""
+    return serial.encode()[:20].decode(errors="replace")
+
+
+def detach_loop(path: str) -> None:
+    """Detach, and wait for it: while somebody else has the loop device open it is put off."""
+    losetup("--detach", path)
+    backing = Path("/sys/block", Path(path).name, "loop/backing_file")
+    deadline = time.monotonic() + 10
+    while backing.exists():
+        assert time.monotonic() < deadline, f"{path} stays"
+        time.sleep(0.01)
 
 
 def loop_works() -> bool:
@@ -82,7 +98,7 @@ class LoopAgent:
                 os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
             except OSError as error:
                 raise FailedPrecondition(f"{path} is in use") from error
-            losetup("--detach", path)
+            detach_loop(path)
             shutil.rmtree(self._sysfs(attachment.device))
         del self.attachments[volume_id]
 
@@ -156,4 +172,4 @@ class LoopAgent:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "size").write_text(f"{spec.capacity_bytes // 512}\n")
         (directory / "ro").write_text(f"{int(spec.read_only)}\n")
-        (directory / "serial").write_text(self.wrong_serial or spec.volume_id[:20])
+        (directory / "serial").write_text(self.wrong_serial or _cut(spec.disk_serial))

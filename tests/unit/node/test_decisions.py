@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 from csi_vduse.errors import DataLoss, FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.node.formatting import Step, decide
 from csi_vduse.node.options import check_options, combine
-from csi_vduse.node.probe import Blank, Content, Foreign, Known
+from csi_vduse.node.probe import Blank, Content, Foreign, HalfMade, Known, Unrecognised
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
 
 FORMATTED = FilesystemRecord("ext4", FilesystemState.FORMATTED)
-FORMATTING = FilesystemRecord("ext4", FilesystemState.FORMATTING)
-CONTENTS: list[Content] = [Blank(), Known("ext4"), Known("xfs"), Foreign("a partition table (gpt)")]
+OURS = "11111111-1111-4111-8111-111111111111"
+OTHER = "22222222-2222-4222-8222-222222222222"
+BEGUN = FilesystemRecord("ext4", FilesystemState.FORMATTING, OURS)
+BEGUN_WITHOUT_UUID = FilesystemRecord("ext4", FilesystemState.FORMATTING)
+GPT = Foreign("a partition table (gpt)")
+CONTENTS: list[Content] = [Blank(), Known("ext4"), Known("ext4", OURS), Known("xfs"), GPT, Unrecognised(512)]
 
 
 @pytest.mark.parametrize(
@@ -23,13 +27,33 @@ CONTENTS: list[Content] = [Blank(), Known("ext4"), Known("xfs"), Foreign("a part
         (None, Blank(), Step.FORMAT),
         (None, Known("ext4"), Step.RECORD),
         (None, Known("xfs"), FailedPrecondition),
-        (None, Foreign("x"), FailedPrecondition),
-        (FORMATTED, Known("ext4"), Step.NOTHING),
+        (None, GPT, FailedPrecondition),
+        (None, Unrecognised(512), FailedPrecondition),
+        (FORMATTED, Known("ext4", OTHER), Step.NOTHING),
         (FORMATTED, Blank(), DataLoss),
         (FORMATTED, Known("xfs"), DataLoss),
-        (FORMATTED, Foreign("x"), DataLoss),
+        (FORMATTED, GPT, DataLoss),
+        (FORMATTED, Unrecognised(512), DataLoss),
         (FilesystemRecord("xfs", FilesystemState.FORMATTED), Known("xfs"), FailedPrecondition),
-        *((FORMATTING, content, Step.WIPE_AND_FORMAT) for content in CONTENTS),
+        (BEGUN, Blank(), Step.FORMAT),
+        (BEGUN, Unrecognised(512), Step.WIPE_AND_FORMAT),
+        (BEGUN, HalfMade("ext4", OURS), Step.WIPE_AND_FORMAT),
+        (BEGUN, Known("ext4", OURS), Step.RECORD),
+        (BEGUN, Known("ext4", OTHER), DataLoss),
+        (BEGUN, Known("ext4"), DataLoss),
+        (BEGUN, Known("xfs", OURS), DataLoss),
+        (BEGUN, GPT, DataLoss),
+        (FilesystemRecord("xfs", FilesystemState.FORMATTING, OURS), Known("xfs", OURS), FailedPrecondition),
+        (
+            FilesystemRecord("xfs", FilesystemState.FORMATTING, OURS),
+            HalfMade("xfs", OURS),
+            Step.WIPE_AND_FORMAT,
+        ),
+        (BEGUN_WITHOUT_UUID, Blank(), Step.FORMAT),
+        (BEGUN_WITHOUT_UUID, Known("ext4", OTHER), Step.RECORD),
+        (BEGUN_WITHOUT_UUID, Known("xfs"), FailedPrecondition),
+        (BEGUN_WITHOUT_UUID, GPT, FailedPrecondition),
+        (BEGUN_WITHOUT_UUID, Unrecognised(512), FailedPrecondition),
     ],
 )
 def test_what_is_done_with_a_writable_volume(
@@ -42,7 +66,21 @@ def test_what_is_done_with_a_writable_volume(
             decide(record, content, "ext4", read_only=False)
 
 
-@pytest.mark.parametrize("record", [None, FORMATTED, FORMATTING])
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("record", [None, FORMATTED, BEGUN, BEGUN_WITHOUT_UUID])
+@pytest.mark.parametrize("wanted", ["ext4", "xfs"])
+def test_a_known_mark_is_never_wiped_on_the_record_s_word(
+    record: FilesystemRecord | None, content: Content, wanted: str
+) -> None:
+    """HalfMade is the file system's own word, and not among them."""
+    try:
+        step = decide(record, content, wanted, read_only=False)
+    except VduseError:
+        return
+    assert step in {Step.NOTHING, Step.RECORD} or isinstance(content, Blank | Unrecognised)
+
+
+@pytest.mark.parametrize("record", [None, FORMATTED, BEGUN, BEGUN_WITHOUT_UUID])
 @pytest.mark.parametrize("content", CONTENTS)
 def test_read_only_volume_is_never_written(record: FilesystemRecord | None, content: Content) -> None:
     try:
@@ -50,7 +88,8 @@ def test_read_only_volume_is_never_written(record: FilesystemRecord | None, cont
     except VduseError:
         return
     assert step is Step.NOTHING
-    assert content == Known("ext4")
+    assert isinstance(content, Known)
+    assert content.fs_type == "ext4"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,43 @@ async def test_volume_that_grew_while_unstaged_has_a_grown_file_system(loop_node
     await loop_node.grow(volume, after_mib)
     path = await loop_node.stage(volume, use(fs))
     assert await file_system_bytes(path) == after_mib * MIB
+
+
+@pytest.mark.parametrize("how", ["default subvolume", "subvol="])
+async def test_btrfs_of_which_a_subvolume_is_mounted_grows(loop_node: LoopNode, how: str) -> None:
+    volume = await loop_node.create(size_mib=256)
+    path = await loop_node.stage(volume, use("btrfs"))
+    run = partial(subprocess.run, check=True, capture_output=True)
+    run(["btrfs", "subvolume", "create", f"{path}/sub"])
+    if how == "default subvolume":
+        run(["btrfs", "subvolume", "set-default", f"{path}/sub"])
+    await loop_node.unstage(volume)
+    flags = () if how == "default subvolume" else ("subvol=/sub",)
+    wanted = use("btrfs", use().mode, *flags)
+    await loop_node.stage(volume, wanted)
+    target = await loop_node.publish(volume, "pod", wanted)
+    Path(path, "file").touch()
+    part = Path(loop_node.target("part"))  # as kubelet mounts a subPath that is a file
+    part.touch()
+    run(["mount", "--bind", f"{path}/file", part])
+    await loop_node.grow(volume, 512)
+    assert await expand(loop_node.node, volume.id, target, CapacityRange()) == 512 * MIB
+    assert await file_system_bytes(path) == 512 * MIB
+
+
+async def test_a_file_system_of_which_only_a_part_is_to_be_seen_is_not_called_grown(
+    loop_node: LoopNode,
+) -> None:
+    volume = await loop_node.create(size_mib=320)
+    path = await loop_node.stage(volume, use("xfs"))
+    Path(path, "d").mkdir()
+    part = Path(loop_node.target("part"))
+    part.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", f"{path}/d", part], check=True)
+    subprocess.run(["umount", path], check=True)
+    await loop_node.grow(volume, 400)
+    with pytest.raises(FailedPrecondition, match="only a part"):
+        await expand(loop_node.node, volume.id, str(part), CapacityRange())
 
 
 @pytest.mark.parametrize("bus", list(Bus))

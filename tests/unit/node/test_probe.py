@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from csi_vduse.errors import Unavailable
 from csi_vduse.node.filesystems import FILESYSTEMS
-from csi_vduse.node.probe import Blank, Foreign, Known, interpret_blkid, probe_content, sample_regions
+from csi_vduse.node.probe import (
+    Blank,
+    Foreign,
+    Known,
+    Unrecognised,
+    interpret_blkid,
+    probe_content,
+    sample_regions,
+)
 
 MIB = 1 << 20
+UUID = "11111111-1111-4111-8111-111111111111"
 SIZES_MIB = {"ext4": (1, 64, 513, 3000), "xfs": (300, 513, 5000), "btrfs": (120, 513, 5000)}
 CASES = [(name, size * MIB) for name, sizes in SIZES_MIB.items() for size in sizes]
 
@@ -49,8 +58,8 @@ async def test_untouched_image_is_blank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "size_bytes"), CASES)
 async def test_file_system_is_known(tmp_path: Path, name: str, size_bytes: int) -> None:
     image = sparse(tmp_path / "i", size_bytes)
-    await FILESYSTEMS[name].make(image)
-    assert await probe_content(image, size_bytes) == Known(name)
+    await FILESYSTEMS[name].make(image, UUID)
+    assert await probe_content(image, size_bytes) == Known(name, UUID)
 
 
 @pytest.mark.parametrize(("name", "size_bytes"), [case for case in CASES if case[1] > 4 * MIB])
@@ -58,9 +67,9 @@ async def test_file_system_without_its_beginning_is_not_blank(
     tmp_path: Path, name: str, size_bytes: int
 ) -> None:
     image = sparse(tmp_path / "i", size_bytes)
-    await FILESYSTEMS[name].make(image)
+    await FILESYSTEMS[name].make(image, UUID)
     overwrite(image, 0, bytes(4 * MIB))
-    assert isinstance(await probe_content(image, size_bytes), Foreign)
+    assert isinstance(await probe_content(image, size_bytes), Unrecognised)
 
 
 @pytest.mark.parametrize("offset_bytes", [0, 511, 4096, 2 * MIB - 1, 64 * MIB - 1, 64 * MIB])
@@ -68,7 +77,7 @@ async def test_one_byte_in_a_looked_at_place_is_not_blank(tmp_path: Path, offset
     image = sparse(tmp_path / "i", 64 * MIB + 512)
     overwrite(image, offset_bytes, b"\1")
     content = await probe_content(image, 64 * MIB + 512)
-    assert content == Foreign(f"data of no known format at byte {offset_bytes // 512 * 512}")
+    assert content == Unrecognised(offset_bytes // 512 * 512)
 
 
 async def test_partition_table_is_foreign(tmp_path: Path) -> None:

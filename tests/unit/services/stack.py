@@ -173,13 +173,13 @@ class Stack:
         part = "snapshots" if volume_id.startswith("snap-") else "volumes"
         return self.directory / pool / part / volume_id / "image.raw"
 
-    def write(self, volume_id: str, data: bytes, at: int = MIB) -> None:
-        with self.image(volume_id).open("r+b") as image:
+    def write(self, volume_id: str, data: bytes, at: int = MIB, pool: str = "default") -> None:
+        with self.image(volume_id, pool).open("r+b") as image:
             image.seek(at)
             image.write(data)
 
-    def read(self, volume_id: str, length: int, at: int = MIB) -> bytes:
-        with self.image(volume_id).open("rb") as image:
+    def read(self, volume_id: str, length: int, at: int = MIB, pool: str = "default") -> bytes:
+        with self.image(volume_id, pool).open("rb") as image:
             image.seek(at)
             return image.read(length)
 

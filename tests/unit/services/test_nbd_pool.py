@@ -112,6 +112,18 @@ async def test_each_publication_is_an_epoch_and_its_end_a_fence(server, stack):
     new.close()
 
 
+async def test_a_node_that_may_only_read_is_told_so(server, stack):
+    """A PersistentVolume with csi.readOnly: its access mode does not say so, and the node has no other way to know."""
+    volume = await stack.create()
+    told = await publish(stack, volume, readonly=True)
+    assert told["readOnly"] == "true"
+    client = NbdClient(told["uri"])
+    assert client.read_only
+    client.close()
+    await unpublish(stack, volume)
+    assert "readOnly" not in await publish(stack, volume)
+
+
 async def test_unpublish_without_a_node_takes_the_volume_from_all(server, stack):
     volume = await stack.create()
     reader = block(Mode.MULTI_NODE_READER_ONLY)
@@ -240,6 +252,9 @@ async def test_an_export_made_beforehand_is_published_without_a_server(stack):
     )
     answer = await stack.controller.ControllerPublishVolume(request, None)
     assert dict(answer.publish_context) == {"uri": "nbd://10.0.0.9/erp"}
+    request.readonly = True
+    answer = await stack.controller.ControllerPublishVolume(request, None)
+    assert dict(answer.publish_context) == {"uri": "nbd://10.0.0.9/erp", "readOnly": "true"}
     request.volume_capability.CopyFrom(block(Mode.MULTI_NODE_MULTI_WRITER))
     with pytest.raises(InvalidArgument, match="nobody fences"):
         await stack.controller.ControllerPublishVolume(request, None)
@@ -281,6 +296,7 @@ async def test_file_volumes_beside_them_are_published_on_their_own_node_only(ser
     request = create_request(parameters={"pool": "local"})
     volume = (await stack.controller.CreateVolume(request, None)).volume
     assert await publish(stack, volume) == {}
+    assert await publish(stack, volume, readonly=True) == {"readOnly": "true"}
     with pytest.raises(FailedPrecondition, match=NODE):
         await publish(stack, volume, OTHER_NODE)
     stack.close()

@@ -6,6 +6,7 @@ import pytest
 
 from csi_vduse.agent.model import AttachSpec, State
 from csi_vduse.backends import copying
+from csi_vduse.backends.base import MAX_HOLD_S
 from csi_vduse.dataplane.backend_spec import NullBackend
 from csi_vduse.errors import (
     AlreadyExists,
@@ -21,7 +22,7 @@ from csi_vduse.services import copies
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
 from csi_vduse.volumes.model import State as RecordState
-from tests.unit.services.stack import MIB, Stack, create_request
+from tests.unit.services.stack import MIB, Stack, create_request, mount
 
 FORMATTED = FilesystemRecord("xfs", FilesystemState.FORMATTED)
 
@@ -143,8 +144,9 @@ async def test_copies_inherit_the_file_system_record(stack, volume):
     stored = await stack.registry.get_volume(volume.volume_id)
     await stack.registry.put_volume(replace(stored, filesystem=FORMATTED))
     snapshot = await stack.snapshot(volume.volume_id)
-    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id)
-    clone = await stack.create("clone", from_volume=volume.volume_id)
+    like = {"capabilities": (mount("xfs"),), "required": 300 * MIB}
+    restored = await stack.create("restored", from_snapshot=snapshot.snapshot_id, **like)
+    clone = await stack.create("clone", from_volume=volume.volume_id, **like)
     for copy in (restored, clone):
         assert (await stack.registry.get_volume(copy.volume_id)).filesystem == FORMATTED
 
@@ -193,6 +195,44 @@ async def test_a_volume_goes_on_after_a_failed_copy_and_nothing_is_left(stack, a
         await stack.snapshot(attached.volume_id)
     assert not stack.agent.held_until_s
     assert stack.leftovers() == before
+
+
+def a_copy_that_takes_seconds(monkeypatch, seconds):
+    """As for a volume of so many blocks, in a pool where copies share none."""
+    monkeypatch.setattr(copies, "_BYTES_PER_S", 4096 / seconds)
+
+    async def no(_self):
+        return False
+
+    monkeypatch.setattr("csi_vduse.backends.file.FilePool.shares_blocks", no)
+
+
+async def test_nobody_s_io_waits_for_long_unless_the_pool_allows_it(stack, attached, monkeypatch):
+    before = stack.leftovers()
+    a_copy_that_takes_seconds(monkeypatch, 60)
+    for copy in (stack.snapshot(attached.volume_id), stack.create("c", from_volume=attached.volume_id)):
+        with pytest.raises(FailedPrecondition, match=r"about 60 s.*allows 10 s.*max-hold-seconds"):
+            await copy
+    assert not [event for event in stack.agent.events if "quiesce" in event]
+    assert stack.leftovers() == before
+    await stack.agent.detach(attached.volume_id)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_pool_may_allow_long_holds(stack, attached, monkeypatch):
+    a_copy_that_takes_seconds(monkeypatch, 60)
+    monkeypatch.setattr(stack.backends[0], "_max_hold_s", 120)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
+
+
+async def test_a_copy_that_shares_blocks_takes_no_time_whatever_its_size(stack, attached, monkeypatch):
+    a_copy_that_takes_seconds(monkeypatch, 60)
+
+    async def yes(_self):
+        return True
+
+    monkeypatch.setattr("csi_vduse.backends.file.FilePool.shares_blocks", yes)
+    assert (await stack.snapshot(attached.volume_id)).ready_to_use
 
 
 def without_time_to_copy(monkeypatch):
@@ -333,6 +373,8 @@ async def test_the_image_of_a_broken_device_can_be_copied(stack, attached):
 
 async def test_a_hold_is_never_longer_than_the_agent_allows(stack, attached, monkeypatch):
     monkeypatch.setattr(copies, "_BYTES_PER_S", 0.001)
+    monkeypatch.setattr(stack.backends[0], "_max_hold_s", MAX_HOLD_S)
+    a_copy_that_takes_seconds(monkeypatch, MAX_HOLD_S - 1)
     assert (await stack.snapshot(attached.volume_id)).ready_to_use
 
 

@@ -55,9 +55,20 @@ def registry(tmp_path):
 
 def test_records_survive_the_round_trip():
     bare = a_volume(source=None, filesystem=None, expanding_to_bytes=2 << 20)
-    for volume in (a_volume(), bare):
+    for volume in (
+        a_volume(),
+        bare,
+        a_volume(filesystem=FilesystemRecord("ext4", FilesystemState.FORMATTING, "u")),
+    ):
         assert volume_from_json(volume_to_json(volume)) == volume
     assert snapshot_from_json(snapshot_to_json(a_snapshot())) == a_snapshot()
+
+
+def test_a_record_of_a_release_that_chose_no_uuid_is_read_and_written_as_it_was():
+    old = {"type": "ext4", "state": "formatting"}
+    volume = volume_from_json({**volume_to_json(a_volume()), "filesystem": old})
+    assert volume.filesystem == FilesystemRecord("ext4", FilesystemState.FORMATTING)
+    assert volume_to_json(volume)["filesystem"] == old
 
 
 async def test_a_second_registry_reads_what_the_first_wrote(registry, tmp_path):

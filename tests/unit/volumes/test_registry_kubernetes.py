@@ -74,7 +74,7 @@ async def test_a_write_between_our_read_and_our_write_is_not_lost(api, server):
         await server.set_status(VOLUMES.named(ID), capacityBytes=8 << 20)
 
     server.before_put.append(another_writes)
-    record = FilesystemRecord("xfs", FilesystemState.FORMATTING)
+    record = FilesystemRecord("xfs", FilesystemState.FORMATTING, "11111111-1111-4111-8111-111111111111")
     await registry.update_volume(ID, lambda volume: replace(volume, filesystem=record))
     volume = await registry.get_volume(ID)
     assert (volume.filesystem, volume.capacity_bytes) == (record, 8 << 20)
