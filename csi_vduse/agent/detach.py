@@ -32,6 +32,7 @@ from csi_vduse.agent.model import Attachment, Bus, State
 from csi_vduse.agent.workers import Worker
 from csi_vduse.dataplane.throttle import UNLIMITED
 from csi_vduse.errors import DeadlineExceeded, DeviceBroken, FailedPrecondition, VduseError
+from csi_vduse.vdpa.model import BusDevice
 
 # Tools that look for changes open a disk for a moment.
 _OPENERS_GRACE_S = 5.0
@@ -157,7 +158,7 @@ async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
             hint="remove that device first",
         )
     began = time.monotonic()
-    while openers := node.sysfs.openers(device):
+    while openers := await _openers(node, device):
         only_udev = all(any(udev in each for udev in _UDEV) for each in openers)
         if time.monotonic() > began + (_UDEV_GRACE_S if only_udev else _OPENERS_GRACE_S):
             raise FailedPrecondition(
@@ -165,6 +166,16 @@ async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
                 hint="end these processes first",
             )
         await asyncio.sleep(_POLL_S)
+
+
+async def _openers(node: Node, device: BusDevice) -> list[str]:
+    """Look who has it open: not in the event loop, for there is a look into every process of the node."""
+    return await bounded(
+        f"looking who has {device.path} open",
+        functools.partial(node.sysfs.openers, device),
+        timeout_s=node.config.step_timeout_s,
+        undo=lambda _: None,
+    )
 
 
 @asynccontextmanager

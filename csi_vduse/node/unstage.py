@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 
 from csi_vduse import log
-from csi_vduse.agent.model import Bus
+from csi_vduse.agent.model import Bus, device_name
 from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, VduseError
 from csi_vduse.node.context import NodeContext, Observed, look
 from csi_vduse.node.limits import lift
@@ -83,7 +83,7 @@ async def forget_btrfs_device(device: str) -> None:
 
 
 async def prove_gone(node: NodeContext, volume_id: str, staging_path: str) -> None:
-    """Look again: neither mount nor attachment may be left.
+    """Look again: neither mount nor attachment may be left, nor a device that no attachment knows any more.
 
     Raises:
         FailedPrecondition: says what is left.
@@ -94,3 +94,8 @@ async def prove_gone(node: NodeContext, volume_id: str, staging_path: str) -> No
     if observed.attachment is not None:
         what = "disk" if observed.attachment.spec.bus is Bus.VIRTIO else "vhost device"
         raise FailedPrecondition(f"volume {volume_id} still has its {what}", hint="retry")
+    for place in ("class/vduse", "bus/vdpa/devices"):
+        if (left := node.sysfs / place / device_name(volume_id)).exists():
+            raise FailedPrecondition(
+                f"volume {volume_id} still has a device: {left}", hint="see `csi-vduse doctor --plan`"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,3 +174,19 @@ async def test_one_that_an_earlier_agent_left_is_collected_although_its_worker_c
     await until(lambda: successor.attachments() == [])
     assert_nothing_left(kernel, workers, node)
     await successor.close()
+
+
+async def test_a_look_into_many_processes_keeps_nobody_else_waiting(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+):
+    """It was done in the event loop: meanwhile no worker that died was replaced, and none was watched."""
+    await agent.attach(SPEC)
+    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.openers", lambda *_: time.sleep(0.5) or [])
+    longest_s, last_s = 0.0, time.monotonic()
+    detaching = asyncio.ensure_future(agent.detach("vol-1"))
+    while not detaching.done():
+        await asyncio.sleep(0.01)
+        now_s = time.monotonic()
+        longest_s, last_s = max(longest_s, now_s - last_s), now_s
+    await detaching
+    assert longest_s < 0.4

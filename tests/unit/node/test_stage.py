@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from csi_vduse.agent.model import State
+from csi_vduse.agent.model import State, device_name
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     AlreadyExists,
@@ -104,6 +104,19 @@ async def test_raw_volume_is_attached_and_not_touched(loop_node: LoopNode) -> No
     assert loop_node.left_mounts() == []
     assert not any(loop_node.image(volume).read_bytes())
     assert await formatted_as(loop_node, volume) is None
+    await loop_node.unstage(volume)
+    nothing_left(loop_node)
+
+
+async def test_unstage_of_a_raw_volume_has_seen_that_the_device_is_gone(loop_node: LoopNode) -> None:
+    """It believed the agent, which had forgotten the volume."""
+    volume = await loop_node.create(size_mib=16)
+    await loop_node.stage(volume, use(None))
+    left = loop_node.agent.sysfs / "bus/vdpa/devices" / device_name(volume.id)
+    left.mkdir(parents=True)
+    with pytest.raises(FailedPrecondition, match="still has a device"):
+        await loop_node.unstage(volume)
+    left.rmdir()
     await loop_node.unstage(volume)
     nothing_left(loop_node)
 
