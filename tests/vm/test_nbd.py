@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from csi_vduse.proto import agent_pb2
 from tests.vm import nbd_servers
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing, wait_until
-from tests.vm.exports import exported, fio
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
+from tests.vm.deaf_nbd import deaf_server
+from tests.vm.exports import exported, fio, tool
 from tests.vm.nbd_servers import NbdServer, make_keys, nbdkit, serving
 from tests.vm.test_agent import detach, inspect
 from tests.vm.test_recovery import kill_worker_when_it_writes, verified_writing, writes
@@ -113,3 +115,71 @@ def test_an_export_of_a_server_is_served_by_hand(image: Path):
         fio(device, "libaio", *JOB)
         process.terminate()
         assert process.wait(120) == 0
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "kernel-tls"])
+def test_what_a_killed_worker_left_in_its_socket_does_not_land_later(
+    shared: RunningAgent, tmp_path: Path, *, tls: bool
+):
+    """Its kernel has a write that the server has not read; a successor sends it again, and the disk is overwritten."""
+    if tls:
+        make_keys(tmp_path)
+    keys = agent_pb2.NbdTls(certificates=str(tmp_path)) if tls else None
+    scheme = "nbds" if tls else "nbd"
+    with leaves_nothing(shared), deaf_server(16 * MIB, tmp_path if tls else None) as server:
+        encrypted = encrypted_by_the_kernel()
+        path = attach(shared, agent_pb2.NbdBackend(uri=f"{scheme}://127.0.0.1:{nbd_servers.PORT}/", tls=keys))
+        assert (encrypted_by_the_kernel() > encrypted) is tls
+        server.stop_hearing()
+        old, new = (
+            ["dd", f"of={path}", f"bs={16 << 10}", "count=1", "oflag=direct", f"if={f}"]
+            for f in fills(tmp_path)
+        )
+        with subprocess.Popen(old, stderr=subprocess.DEVNULL) as writer:
+            wait_until(lambda: unacknowledged() > 12 << 10, "the write being in the socket")
+            victim = inspect(shared).attachment.worker_pid
+            kill(victim)
+            assert writer.wait(CALL_TIMEOUT_S) == 0
+        tool(*new)
+        server.hear_again()
+        wait_until(server.first_ended.is_set, "the end of the first connection")
+        detach(shared)
+    assert server.image[: 16 << 10] == b"\x02" * (16 << 10)
+    assert server.connections == 2
+
+
+def fills(folder: Path) -> Iterator[Path]:
+    """Two files, of ones and of twos."""
+    for number in (1, 2):
+        path = folder / f"fill{number}"
+        path.write_bytes(bytes([number]) * (16 << 10))
+        yield path
+
+
+def unacknowledged() -> int:
+    """Bytes that our kernel has for the server."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    queues = [line.split()[4] for line in lines if line.split()[2] == f"0100007F:{nbd_servers.PORT:04X}"]
+    return sum(int(each.partition(":")[0], 16) for each in queues)
+
+
+def encrypted_by_the_kernel() -> int:
+    """How many connections ever were, for sending; the file comes with the kernel's module."""
+    stat = Path("/proc/net/tls_stat")
+    lines = stat.read_text().splitlines() if stat.exists() else ["TlsTxSw 0"]
+    return int(dict(line.split() for line in lines)["TlsTxSw"])
+
+
+def test_a_server_of_tls_1_3_alone_is_served(
+    shared: RunningAgent, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where OpenSSL cannot give that to the kernel, 1.2 is tried first."""
+    make_keys(tmp_path)
+    (tmp_path / "gnutls").write_text("[priorities]\nSYSTEM = NORMAL:-VERS-TLS1.2\n")
+    monkeypatch.setenv("GNUTLS_SYSTEM_PRIORITY_FILE", str(tmp_path / "gnutls"))
+    server = nbdkit(image, "--tls=require", f"--tls-certificates={tmp_path}")
+    with leaves_nothing(shared), serving(server):
+        uri = f"nbds://127.0.0.1:{nbd_servers.PORT}/"
+        path = attach(shared, agent_pb2.NbdBackend(uri=uri, tls=agent_pb2.NbdTls(certificates=str(tmp_path))))
+        fio(Path(path), "libaio", *JOB)
+        detach(shared)

@@ -103,8 +103,10 @@ int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char 
 
     if (error != -EPROTONOSUPPORT)
         return error;
-    n->any_tls = true; /* and the kernel does not do it */
-    return connect_once(n, timeout_ms, link, reason);
+    n->any_tls = true;
+    error = connect_once(n, timeout_ms, link, reason);
+    n->any_tls = !error; /* or it was for another reason */
+    return error;
 }
 
 static void say(struct nbd *n, enum vd_backend_state state, const char *reason)

@@ -93,7 +93,7 @@ struct nbd {
     struct vd_config config;     /* its numbers; the strings are not ours */
     int cancel_fd;
     pthread_t thread;
-    bool threaded, any_tls; /* who connects: as in nbd_stream, since it was needed */
+    bool threaded, any_tls; /* of who connects: as in nbd_stream, since it was found to be needed */
     pthread_mutex_t lock;        /* all below */
     pthread_cond_t changed;
     bool closing, finished;

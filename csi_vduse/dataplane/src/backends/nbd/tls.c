@@ -148,19 +148,6 @@ static bool is_held_back(const struct nbd_stream *s)
     return !s->any_tls && OpenSSL_version_num() < 0x30200000ul && s->kernel_has_tls;
 }
 
-/* Whether the server wants another version; OpenSSL's last error says so, or the server's alert. */
-static bool is_version(unsigned long code)
-{
-    switch (ERR_GET_LIB(code) == ERR_LIB_SSL ? ERR_GET_REASON(code) : 0) {
-    case SSL_R_TLSV1_ALERT_PROTOCOL_VERSION:
-    case SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE: /* what some say instead */
-    case SSL_R_UNSUPPORTED_PROTOCOL:
-        return true;
-    default:
-        return false;
-    }
-}
-
 static int set_up(SSL_CTX *context, const struct nbd_stream *s, const struct nbd_target *target, char *reason)
 {
     SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
@@ -197,7 +184,7 @@ static int name_peer(SSL *ssl, const struct nbd_target *target)
 
 int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char reason[NBD_REASON_BYTES])
 {
-    bool held_back = is_held_back(s), version = false;
+    bool held_back = is_held_back(s), refused = false;
     struct shaking shaking = { s, target };
     SSL_CTX *context = SSL_CTX_new(TLS_client_method());
     int error = context ? set_up(context, s, target, reason) : -ENOMEM;
@@ -221,12 +208,12 @@ int nbd_tls_start(struct nbd_stream *s, const struct nbd_target *target, char re
                      verified != X509_V_OK ? X509_verify_cert_error_string(verified)
                      : code              ? ERR_reason_error_string(code)
                                          : strerror(-error));
-        version = held_back && is_version(code);
+        refused = held_back && error == -ECONNRESET && verified == X509_V_OK; /* by an alert, or by hanging up: GnuTLS */
         ERR_clear_error();
         s->ssl = NULL;
         SSL_free(ssl);
     }
-    return version ? -EPROTONOSUPPORT : error == -ECONNRESET ? -EACCES : error;
+    return refused ? -EPROTONOSUPPORT : error == -ECONNRESET ? -EACCES : error;
 }
 
 bool nbd_tls_is_kernel(SSL *ssl)
