@@ -235,7 +235,6 @@ static inline void *nbd_tag(struct nbd_queue *nq, enum nbd_tag tag)
 int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
 int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
 void nbd_close_keys(struct nbd_stream *s);
-bool nbd_kernel_has_tls(void);
 
 /* broker.c */
 int nbd_broker_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES]);
