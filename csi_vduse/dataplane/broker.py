@@ -29,7 +29,9 @@ class Broker:
 
 
 def fork_broker(backend: NbdBackend) -> Broker:
-    """Fork it; only with a single thread."""
+    """Fork it; only with a single thread, and while we still have what makes the kernel load its TLS."""
+    if backend.tls is not None:
+        lib.vd_kernel_has_tls()
     keep: list[Any] = []
     config = nbd_config.encode(backend, keep, wait=False)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

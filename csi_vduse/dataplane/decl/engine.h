@@ -204,6 +204,8 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **engine);
 void vd_engine_free(struct vd_engine *engine);
 /* What a server says of an export; reason has room for 160 bytes. */
 int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason);
+/* Whether the kernel does TLS, which has it load the module if we may (CAP_NET_ADMIN): a worker in jail, and its broker, may not. */
+int vd_kernel_has_tls(void);
 /* Answer who is at the other end of the socket, with connections to this server and to no other; returns when it is closed. */
 int vd_nbd_broker(const struct vd_nbd_config *config, int fd);
 void vd_engine_backend_info(struct vd_engine *engine, struct vd_backend_info *info);

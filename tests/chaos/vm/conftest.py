@@ -37,4 +37,4 @@ def clean(shared: RunningAgent) -> Iterator[None]:
 def machine() -> None:
     """Have the kernel name every task that hangs for long, and give the load's jobs, each a session, what nice says."""
     settings = ["kernel.hung_task_warnings=-1", "kernel.sched_autogroup_enabled=0"]
-    subprocess.run(["sysctl", "-q", *settings], check=True, timeout=60)
+    subprocess.run(["sysctl", "-q", "-e", *settings], check=True, timeout=60)

@@ -87,7 +87,7 @@ static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, ui
 }
 
 /* Without a connection the kernel refuses TLS, but for another reason if it does not have it (tcp_set_ulp, tls_init). */
-static bool kernel_has_tls(void)
+int vd_kernel_has_tls(void)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) && errno == ENOTCONN;
@@ -130,7 +130,7 @@ int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_
     if (error && !reason[0])
         snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
     if (!error && target->tls) {
-        s->kernel_has_tls = !target->socket[0] && kernel_has_tls();
+        s->kernel_has_tls = !target->socket[0] && vd_kernel_has_tls();
         open_keys(s, target);
     }
     return error;
