@@ -227,6 +227,7 @@ async def serve(
 def _start_arguments(node: Node, spec: AttachSpec) -> dict[str, Any]:
     return {
         "name": spec.device_name,
+        "volume_id": spec.volume_id,
         "serial": spec.disk_serial,
         "backend": backend_spec.to_json(spec.backend),
         "capacity_bytes": spec.capacity_bytes,

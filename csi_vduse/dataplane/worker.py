@@ -174,7 +174,7 @@ class Worker:
             raise InvalidArgument(
                 f"start came with {len(fds)} descriptors", hint="send the VDUSE device and the in-flight log"
             )
-        structlog.contextvars.bind_contextvars(volume_id=message["serial"])
+        structlog.contextvars.bind_contextvars(volume_id=message.get("volume_id", message["serial"]))
         spec, backend = _device_spec(message), backend_spec.from_json(message["backend"])
         device_fd, log_fd = fds
         if isinstance(backend, NbdBackend):
@@ -256,6 +256,7 @@ class Worker:
     def _stop(self) -> None:
         if self._served is not None:
             self._served.close()
+            self._served.engine.close()  # a server is told that we go, and does not count us any more
         self._running = False
 
     # The device and the engine
