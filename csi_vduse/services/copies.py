@@ -31,14 +31,16 @@ _HOLD_MARGIN_S = 5.0
 _SPARED_FACTOR = 12
 # Nobody waits for the copy of a detached volume, but a hanging disk must not keep it for ever.
 _IDLE_FACTOR = 8
+# Copies of one pool at once: those that threads of ours make, and those that a storage server makes.
 _SLOTS = 4
+_REMOTE_SLOTS = 16
 _INSTEAD = "detach the volume first, or use a pool on XFS or btrfs, where copies share blocks"
 
 Copy = Callable[[float], Awaitable[None]]
 
 
 class Copies:
-    """Makes copies of volumes and snapshots, a bounded number at once.
+    """Makes copies of volumes and snapshots, a bounded number of each pool at once.
 
     Args:
         agent: knows what is attached, and holds it still.
@@ -47,7 +49,7 @@ class Copies:
     def __init__(self, agent: Attachments) -> None:
         self._agent = agent
         self._spared_until_s: dict[str, float] = {}
-        self._slots = asyncio.Semaphore(_SLOTS)
+        self._slots: dict[str, asyncio.Semaphore] = {}
 
     async def of_volume(self, backend: Backend, volume: Volume, copy: Copy) -> int:
         """Copy a volume as it is at one moment; return that moment in nanoseconds since 1970.
@@ -63,7 +65,7 @@ class Copies:
             Unavailable: the agent does not answer, so we do not know whether the volume is in use; or it has
                 another worker than when its hold began.
         """
-        async with self._slots:
+        async with self._slot(backend):
             moving_s = await backend.allocated_bytes(volume) / _BYTES_PER_S
             need_s = _FIXED_S + moving_s
             # Asked before the hold: a worker that is found after it may be one that has never heard of it.
@@ -97,9 +99,13 @@ class Copies:
 
     async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
         """Copy a snapshot, which nobody writes; arguments as `of_volume`."""
-        async with self._slots:
+        async with self._slot(backend):
             need_s = _FIXED_S + await backend.allocated_bytes(snapshot) / _BYTES_PER_S
             await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+
+    def _slot(self, backend: Backend) -> asyncio.Semaphore:
+        slots = _SLOTS if backend.needs_hold else _REMOTE_SLOTS
+        return self._slots.setdefault(backend.name, asyncio.Semaphore(slots))
 
     async def _within_hold(self, volume_id: str, hold_s: float, copying: Awaitable[None]) -> None:
         """Await a copy; one that does not fit its hold will not fit the next, so no caller is to try at once."""

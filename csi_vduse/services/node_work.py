@@ -5,6 +5,7 @@ Keeps true: one act at a time for each object, and none while a CSI call for it 
 every object is looked at again after a change, after an error, and every RESYNC_S; after an error not before
 its time, unless something else is wanted: what an attempt writes changes the object too. What cannot be done is
 said in the object's status. Nothing here ends the process: an API that is away is waited for.
+A copy may take hours: it is not counted among the acts that run at once, and ends when its object is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, is_going, name_of
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.services.locks import Keys, LockTable
-from csi_vduse.services.node_steps import Step, snapshot_step, volume_step
+from csi_vduse.services.node_steps import Step, is_copy, snapshot_step, volume_step
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.snapshotting import Snapshotter
 from csi_vduse.services.validation import CreateSnapshot, CreateVolume, ExpandVolume
@@ -33,7 +34,8 @@ from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 from csi_vduse.volumes.sizes import CapacityRange
 
 RESYNC_S = 60.0
-_WORKERS = 4
+# Acts at once; copies are bounded elsewhere (copies.py), and hold up nothing here.
+_SLOTS = 4
 _FIRST_DELAY_S = 1.0
 _MAX_DELAY_S = 30.0
 # Errors that another try can mend without anybody changing anything.
@@ -80,7 +82,9 @@ class NodeWork:
         self._locks = locks
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
+        self._slots = asyncio.Semaphore(_SLOTS)
         self._running: set[Key] = set()
+        self._copying: dict[Key, asyncio.Task[None]] = {}
         self._again: set[Key] = set()
         self._delays_s: dict[Key, float] = {}
         self._retries: dict[Key, asyncio.TimerHandle] = {}
@@ -91,9 +95,16 @@ class NodeWork:
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(_WORKERS):
-                group.create_task(self._work())
             group.create_task(self._resync())
+            while True:
+                key = await self._queue.get()
+                self._queued.discard(key)
+                if key in self._running:  # it changed while we work on it: look again afterwards
+                    self._again.add(key)
+                    self._end_unwanted_copy(key)
+                elif self._is_due(key):
+                    self._running.add(key)
+                    group.create_task(self._turn(key))
 
     async def _resync(self) -> None:
         while True:
@@ -102,44 +113,68 @@ class NodeWork:
                 for found in mirror.all():
                     self._enqueue((resource, name_of(found)))
 
-    async def _work(self) -> None:
-        while True:
-            key = await self._queue.get()
-            self._queued.discard(key)
-            if key in self._running:  # it changed while another of us works on it: look again afterwards
-                self._again.add(key)
-                continue
-            if not self._is_due(key):
-                continue
-            self._running.add(key)
-            resource, name = key
-            with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
-                try:
-                    await self._look_and_act(resource, name)
-                    self._delays_s.pop(key, None)
-                    self._tried.pop(key, None)
-                except _TRANSIENT as error:
-                    self._retry(key, error)
-                except VduseError as error:
-                    # Not even the status could be written; the next resync comes anyway.
-                    log.get().error("an object could not be worked on", error=str(error))
-                    self._retry(key, error)
-                except Exception:  # noqa: BLE001 - one object must not stop the work on the others
-                    log.get().exception("unexpected error")
-                    self._retry(key, None)
-                finally:
-                    self._running.discard(key)
-            if key in self._again:
-                self._again.discard(key)
-                self._enqueue(key)
+    async def _turn(self, key: Key) -> None:
+        """Work on one object, as far as it can be done now."""
+        resource, name = key
+        with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
+            try:
+                await self._look_and_act(key)
+                self._delays_s.pop(key, None)
+                self._tried.pop(key, None)
+            except _TRANSIENT as error:
+                self._retry(key, error)
+            except VduseError as error:
+                # Not even the status could be written; the next resync comes anyway.
+                log.get().error("an object could not be worked on", error=str(error))
+                self._retry(key, error)
+            except Exception:  # noqa: BLE001 - one object must not stop the work on the others
+                log.get().exception("unexpected error")
+                self._retry(key, None)
+            finally:
+                self._running.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self._enqueue(key)
 
-    async def _look_and_act(self, resource: Resource, name: str) -> None:
-        found = await self._api.get(resource, name)
-        self._tried[resource, name] = _circumstances(found)
-        decide = volume_step if resource is VOLUMES else snapshot_step
-        step = decide(found, self._node)
-        if found is None or step is Step.NOTHING:
-            return
+    async def _look_and_act(self, key: Key) -> None:
+        resource, name = key
+        async with self._slots:
+            found = await self._api.get(resource, name)
+            self._tried[key] = _circumstances(found)
+            decide = volume_step if resource is VOLUMES else snapshot_step
+            step = decide(found, self._node)
+            if found is None or step is Step.NOTHING:
+                return
+            if not is_copy(resource, found, step):
+                await self._take(resource, found, step)
+                return
+        self._copying[key] = asyncio.create_task(self._take(resource, found, step))
+        self._end_unwanted_copy(key)  # the mirror may have heard of a deletion before we looked
+        try:
+            await self._ended(self._copying[key])
+        finally:
+            del self._copying[key]
+
+    async def _ended(self, copying: asyncio.Task[None]) -> None:
+        """Await a copy; one that was ended because nobody wants it is no error, and the object has another step."""
+        try:
+            await asyncio.wait({copying})
+        except asyncio.CancelledError:  # we are to end ourselves
+            copying.cancel()
+            await asyncio.wait({copying})
+            raise
+        with suppress(asyncio.CancelledError):
+            await copying
+
+    def _end_unwanted_copy(self, key: Key) -> None:
+        resource, name = key
+        found = self._mirrors[resource].get(name)
+        if key in self._copying and (found is None or is_going(found)):
+            log.get().info("nobody wants this copy any more", kind=resource.kind, object=name)
+            self._copying[key].cancel()
+
+    async def _take(self, resource: Resource, found: Object, step: Step) -> None:
+        """Take one step and record how it ended."""
         keys = lock_keys(resource, found)
         self._locks.acquire(keys)
         try:
@@ -153,7 +188,7 @@ class NodeWork:
             self._locks.release(keys)
         # Not under the lock: a volume that is ready is wanted at once, and its stage must not meet us.
         await self._mark(resource, found, step)
-        self._enqueue((resource, name))  # there may be another step
+        self._enqueue((resource, name_of(found)))  # there may be another step
 
     async def _act(self, resource: Resource, found: Object, step: Step) -> None:
         name = name_of(found)
