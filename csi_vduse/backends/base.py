@@ -52,6 +52,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def keeps_copies(self) -> bool:
+        """Whether a copy goes on, and is kept, when whoever asked for it ends: asking again joins it or finds it made."""
+        ...
+
+    @property
     def max_hold_s(self) -> float:
         """For how long at most it may be held still for that; its I/O waits as long."""
         ...
@@ -72,8 +77,10 @@ class Backend(Protocol):
         """Make an image that reads as zeros; fine if it is there."""
         ...
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> int:
         """Make an image with the source's content; it must not be written meanwhile if the pool needs_hold.
+
+        Returns the moment of the content in nanoseconds since 1970; 0: any moment of the copy.
 
         Args:
             source: the volume to copy.
@@ -86,11 +93,11 @@ class Backend(Protocol):
         """
         ...
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> int:
         """Keep a copy of the source under the snapshot's id; as `clone`."""
         ...
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> int:
         """Make an image with the snapshot's content; as `clone`."""
         ...
 

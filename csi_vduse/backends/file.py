@@ -124,6 +124,11 @@ class FilePool:
         return True
 
     @property
+    def keeps_copies(self) -> bool:
+        """A copy is a thread of this process, and a whole image of it may be one whose hold was broken."""
+        return False
+
+    @property
     def max_hold_s(self) -> float:
         """As the pool's configuration allows."""
         return self._max_hold_s
@@ -145,17 +150,19 @@ class FilePool:
         until_s = time.monotonic() + DEFAULT_TIMEOUT_S - _COPY_GRACE_S
         await self._short(self._make_volume, volume, lambda _fd: None, until_s)
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> int:
         """Copy another volume's image."""
         fill = self._filler(self._volume_image(source.id), source.capacity_bytes, until_s)
         await self._long(until_s, self._make_volume, volume, fill, until_s)
+        return 0
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> int:
         """Copy a snapshot's image."""
         fill = self._filler(self._snapshot_image(snapshot.id), snapshot.size_bytes, until_s)
         await self._long(until_s, self._make_volume, volume, fill, until_s)
+        return 0
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> int:
         """Copy a volume's image to a snapshot."""
         fill = self._filler(self._volume_image(source.id), snapshot.size_bytes, until_s)
         await self._long(
@@ -167,6 +174,7 @@ class FilePool:
             fill,
             until_s,
         )
+        return 0
 
     async def expand(self, volume: Volume, capacity_bytes: int) -> None:
         """Grow the image; the new end is a hole."""

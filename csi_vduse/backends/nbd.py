@@ -108,6 +108,11 @@ class NbdPool:
         return False
 
     @property
+    def keeps_copies(self) -> bool:
+        """A copy is the server's job, and its image says what it is a copy of."""
+        return True
+
+    @property
     def max_hold_s(self) -> float:
         """Nothing is held."""
         return 0.0
@@ -131,21 +136,21 @@ class NbdPool:
         await self.check()
         await self._client.create(volume.id, volume.capacity_bytes)
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> int:
         """Have the server copy another volume, which may be in use."""
-        await self._copy(
+        return await self._copy(
             Key(Kind.VOLUME, source.id), Key(Kind.VOLUME, volume.id), volume.capacity_bytes, until_s
         )
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> int:
         """Have the server copy a snapshot to a volume."""
         source = Key(Kind.SNAPSHOT, snapshot.id)
-        await self._copy(source, Key(Kind.VOLUME, volume.id), volume.capacity_bytes, until_s)
+        return await self._copy(source, Key(Kind.VOLUME, volume.id), volume.capacity_bytes, until_s)
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> int:
         """Have the server copy a volume, which may be in use, to a snapshot."""
         target = Key(Kind.SNAPSHOT, snapshot.id)
-        await self._copy(Key(Kind.VOLUME, source.id), target, snapshot.size_bytes, until_s)
+        return await self._copy(Key(Kind.VOLUME, source.id), target, snapshot.size_bytes, until_s)
 
     async def expand(self, volume: Volume, capacity_bytes: int) -> None:
         """Have the server grow the image; nodes that use it are cut off for a moment."""
@@ -225,9 +230,9 @@ class NbdPool:
         """Stop the threads; the connection ends with the object. The pool is not used afterwards."""
         self._threads.close()
 
-    async def _copy(self, source: Key, target: Key, size_bytes: int, until_s: float) -> None:
+    async def _copy(self, source: Key, target: Key, size_bytes: int, until_s: float) -> int:
         await self.check()
-        await self._client.copy(source, target, size_bytes, timeout_s=until_s - time.monotonic())
+        return await self._client.copy(source, target, size_bytes, timeout_s=until_s - time.monotonic())
 
     def _remember(self, pool_id: str) -> None:
         memory = records.read_record(self._memory)

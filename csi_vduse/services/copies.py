@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, State
 from csi_vduse.backends.base import Backend
-from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Unavailable, VduseError
+from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Pending, Unavailable, VduseError
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.volumes.model import Snapshot, Volume
 
@@ -36,7 +36,14 @@ _SLOTS = 4
 _REMOTE_SLOTS = 16
 _INSTEAD = "detach the volume first, or use a pool on XFS or btrfs, where copies share blocks"
 
-Copy = Callable[[float], Awaitable[None]]
+Copy = Callable[[float], Awaitable[int]]
+# After these a copy that its pool keeps may still be made, or be there.
+_GOES_ON = (Unavailable, DeadlineExceeded, Pending, asyncio.CancelledError)
+
+
+def goes_on(backend: Backend, error: BaseException) -> bool:
+    """Tell whether a copy whose wait ended so is to be left for the next who asks, and not thrown away."""
+    return backend.keeps_copies and isinstance(error, _GOES_ON)
 
 
 class Copies:
@@ -57,7 +64,7 @@ class Copies:
         Args:
             backend: the volume's pool.
             volume: what is copied.
-            copy: does it, before the time.monotonic() that it is given.
+            copy: does it, before the time.monotonic() that it is given; returns as Backend.clone.
 
         Raises:
             FailedPrecondition: an attached volume cannot be held still for as long as its copy takes, or could not a
@@ -72,9 +79,8 @@ class Copies:
             holder = await self._attachment(volume.id) if backend.needs_hold else None
             if holder is None:
                 before_ns = time.time_ns()
-                await copy(time.monotonic() + need_s * _IDLE_FACTOR)
-                # A pool that copies what is being written ends with the content of this moment.
-                return before_ns if backend.needs_hold else time.time_ns()
+                # A pool that copies what is being written says of which moment its copy is.
+                return await copy(time.monotonic() + need_s * _IDLE_FACTOR) or before_ns
             self._refuse_spared(volume.id)
             if moving_s > backend.max_hold_s and not await backend.shares_blocks():
                 raise FailedPrecondition(
@@ -107,7 +113,7 @@ class Copies:
         slots = _SLOTS if backend.needs_hold else _REMOTE_SLOTS
         return self._slots.setdefault(backend.name, asyncio.Semaphore(slots))
 
-    async def _within_hold(self, volume_id: str, hold_s: float, copying: Awaitable[None]) -> None:
+    async def _within_hold(self, volume_id: str, hold_s: float, copying: Awaitable[int]) -> None:
         """Await a copy; one that does not fit its hold will not fit the next, so no caller is to try at once."""
         try:
             await copying

@@ -14,6 +14,7 @@ Facts this rests on (QEMU 7.2, qapi/block-export.json and block-core.json; tests
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,7 +240,7 @@ class Block:
                 jobs = await self.qmp.execute("query-jobs")
                 failure = next((str(one.get("error", "")) for one in jobs if one["id"] == job), "")
                 await self.qmp.execute("job-dismiss", {"id": job})
-            except Unavailable:
+            except (Unavailable, asyncio.CancelledError):
                 self.lost_copies.add(job)
                 raise
         if late:

@@ -1,13 +1,16 @@
-"""Copies that take hours, and what goes on beside them."""
+"""Copies that take hours: what goes on beside them, who takes them over, and how they end when nobody wants them."""
 
 import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
 
+from csi_vduse.config import PoolConfig
+from csi_vduse.kube.resources import VOLUMES
+from csi_vduse.services.server import CsiServer
 from csi_vduse.storage.block import Block
+from csi_vduse.volumes.ids import volume_id
 from tests.unit.cluster.conftest import until
-from tests.unit.cluster.test_shared_pools import server, shared  # noqa: F401 - fixtures
 from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand
 from tests.unit.services.stack import MIB
 
@@ -58,7 +61,7 @@ async def soon():
         yield
 
 
-async def test_long_copies_stop_nothing_else_of_their_place(shared, gate):  # noqa: F811
+async def test_long_copies_stop_nothing_else_of_their_place(shared, gate):
     """Four held all workers of the leading controller: nothing was made, grown or deleted in any shared pool."""
     sources = [await create_when_known(shared, f"v{n}", parameters=REMOTE) for n in range(6)]
     clones = [
@@ -73,3 +76,42 @@ async def test_long_copies_stop_nothing_else_of_their_place(shared, gate):  # no
     assert not any(clone.done() for clone in clones)
     gate.open.set()
     await asyncio.gather(*clones)
+
+
+async def test_an_object_that_is_deleted_while_it_is_being_copied_ends_its_copy(shared, server, gate):
+    source = await create_when_known(shared, "v", parameters=REMOTE)
+    gate.ask(shared.create("c", parameters=REMOTE, from_volume=source.volume_id))
+    await until(lambda: gate.begun)
+    async with soon():
+        await shared.api.delete(VOLUMES, volume_id("c"))
+        await until(lambda: shared.server.object(VOLUMES.named(volume_id("c"))) is None)
+        await shared.delete(source.volume_id)
+    assert await server.volumes() == []
+
+
+@pytest.mark.parametrize("is_finished", [False, True], ids=["under way", "finished"])
+async def test_the_next_leader_goes_on_with_the_copy_of_the_one_before(
+    shared, server, gate, is_finished, monkeypatch
+):
+    """It threw it away and began again, for ever if copies take longer than leaders last."""
+    monkeypatch.setattr(CsiServer.stop, "__defaults__", (0.1,))
+    source = await create_when_known(shared, "v", parameters=REMOTE)
+    cut = await create_when_known(shared, "w", parameters=REMOTE)
+    gate.ask(shared.create("c", parameters=REMOTE, from_volume=source.volume_id))
+    gate.ask(shared.snapshot(cut.volume_id))
+    await until(lambda: gate.begun == 2)
+    await shared.stop("controller")
+    if is_finished:
+        gate.open.set()
+        await until(lambda: not server._copies._jobs)
+    await shared.start_controller(
+        pools=(PoolConfig("remote", "nbd", f"unix:{server._core.config.control.path}"),)
+    )
+    clone = gate.ask(create_when_known(shared, "c", parameters=REMOTE, from_volume=source.volume_id))
+    snapshot = gate.ask(shared.snapshot(cut.volume_id))
+    await asyncio.sleep(1.0)  # the new leader sees what is wanted
+    gate.open.set()
+    async with soon():
+        assert (await clone).content_source.volume.volume_id == source.volume_id
+        assert (await snapshot).ready_to_use
+    assert gate.begun == 2
