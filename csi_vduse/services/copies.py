@@ -4,8 +4,9 @@ An attached volume of a file pool is held still by its worker while it is copied
 blocks that takes milliseconds; a full copy takes as long as the allocated bytes need, and is refused before anything
 waits if that is longer than the pool allows. The hold ends by itself
 if we die, a copy that outlives its hold is thrown away by the backend, and one whose worker did not outlive it
-is not counted: the next worker knows of no hold. So no copy is ever a mixture of two times. The caller holds
-the volume's lock: nobody attaches it meanwhile.
+is not counted: the next worker knows of no hold. So no copy is ever a mixture of two times. Such a copy, and one of
+a volume that is not attached, has the volume's lock: nobody attaches or detaches it meanwhile. A pool that copies what is
+being written needs neither, so its copies hold up nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from csi_vduse.agent.model import Attachment, State
 from csi_vduse.backends.base import Backend
 from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Pending, Unavailable, VduseError
 from csi_vduse.services.agent_port import Attachments
+from csi_vduse.services.locks import Keys, LockTable
 from csi_vduse.volumes.model import Snapshot, Volume
 
 # How long copies may take: a fixed part and one for the bytes, at the speed of a slow disk.
@@ -51,10 +53,12 @@ class Copies:
 
     Args:
         agent: knows what is attached, and holds it still.
+        locks: shared with the calls that attach and detach.
     """
 
-    def __init__(self, agent: Attachments) -> None:
+    def __init__(self, agent: Attachments, locks: LockTable) -> None:
         self._agent = agent
+        self._locks = locks
         self._spared_until_s: dict[str, float] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
 
@@ -71,37 +75,46 @@ class Copies:
                 short time ago.
             Unavailable: the agent does not answer, so we do not know whether the volume is in use; or it has
                 another worker than when its hold began.
+            Pending: it is being attached or detached, or another copy has it.
         """
         async with self._slot(backend):
-            moving_s = await backend.allocated_bytes(volume) / _BYTES_PER_S
-            need_s = _FIXED_S + moving_s
-            # Asked before the hold: a worker that is found after it may be one that has never heard of it.
-            holder = await self._attachment(volume.id) if backend.needs_hold else None
-            if holder is None:
-                before_ns = time.time_ns()
-                # A pool that copies what is being written says of which moment its copy is.
-                return await copy(time.monotonic() + need_s * _IDLE_FACTOR) or before_ns
-            self._refuse_spared(volume.id)
-            if moving_s > backend.max_hold_s and not await backend.shares_blocks():
-                raise FailedPrecondition(
-                    f"volume {volume.id} is attached, and its I/O would wait for about {moving_s:.0f} s while it is "
-                    f"copied; pool {backend.name!r} allows {backend.max_hold_s:.0f} s",
-                    hint=f"{_INSTEAD}; or allow it: max-hold-seconds of the pool",
-                )
-            hold_s = min(need_s, backend.max_hold_s)
-            until_s = time.monotonic() + hold_s
-            try:  # a hold whose answer did not reach us may have begun
-                await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
-                cut_ns = time.time_ns()
-                await self._within_hold(volume.id, hold_s, copy(until_s))
-            finally:
-                await self._resume(volume.id)
-            if not _held_through(holder, await self._attachment(volume.id)):
-                raise Unavailable(
-                    f"the worker of volume {volume.id} did not live as long as the copy; the copy is discarded",
-                    hint="retry",
-                )
-            return cut_ns
+            if not backend.needs_hold:
+                need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
+                return await copy(time.monotonic() + need_s * _IDLE_FACTOR) or time.time_ns()
+            with self._locks.having(Keys(frozenset({volume.id}))):
+                return await self._of_still(backend, volume, copy)
+
+    async def _of_still(self, backend: Backend, volume: Volume, copy: Copy) -> int:
+        """Copy a volume of a pool where it must not be written meanwhile; as `of_volume`."""
+        moving_s = await backend.allocated_bytes(volume) / _BYTES_PER_S
+        need_s = _FIXED_S + moving_s
+        # Asked before the hold: a worker that is found after it may be one that has never heard of it.
+        holder = await self._attachment(volume.id)
+        if holder is None:
+            before_ns = time.time_ns()
+            await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+            return before_ns
+        self._refuse_spared(volume.id)
+        if moving_s > backend.max_hold_s and not await backend.shares_blocks():
+            raise FailedPrecondition(
+                f"volume {volume.id} is attached, and its I/O would wait for about {moving_s:.0f} s while it is "
+                f"copied; pool {backend.name!r} allows {backend.max_hold_s:.0f} s",
+                hint=f"{_INSTEAD}; or allow it: max-hold-seconds of the pool",
+            )
+        hold_s = min(need_s, backend.max_hold_s)
+        until_s = time.monotonic() + hold_s
+        try:  # a hold whose answer did not reach us may have begun
+            await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
+            cut_ns = time.time_ns()
+            await self._within_hold(volume.id, hold_s, copy(until_s))
+        finally:
+            await self._resume(volume.id)
+        if not _held_through(holder, await self._attachment(volume.id)):
+            raise Unavailable(
+                f"the worker of volume {volume.id} did not live as long as the copy; the copy is discarded",
+                hint="retry",
+            )
+        return cut_ns
 
     async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
         """Copy a snapshot, which nobody writes; arguments as `of_volume`."""

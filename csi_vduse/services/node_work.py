@@ -22,7 +22,7 @@ from csi_vduse.kube.api import ApiServer, Conflict
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, is_going, name_of
 from csi_vduse.services.agent_port import Attachments
-from csi_vduse.services.locks import Keys, LockTable
+from csi_vduse.services.locks import Keys, LockTable, change, creation
 from csi_vduse.services.node_steps import Step, is_copy, snapshot_step, volume_step
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.snapshotting import Snapshotter
@@ -175,17 +175,14 @@ class NodeWork:
 
     async def _take(self, resource: Resource, found: Object, step: Step) -> None:
         """Take one step and record how it ended."""
-        keys = lock_keys(resource, found)
-        self._locks.acquire(keys)
-        try:
-            await self._act(resource, found, step)
-        except VduseError as error:
-            await self._report(resource, found, step, error)
-            if isinstance(error, _TRANSIENT) or step is Step.DELETE:
-                raise
-            return
-        finally:
-            self._locks.release(keys)
+        with self._locks.having(lock_keys(resource, found, step)):
+            try:
+                await self._act(resource, found, step)
+            except VduseError as error:
+                await self._report(resource, found, step, error)
+                if isinstance(error, _TRANSIENT) or step is Step.DELETE:
+                    raise
+                return
         # Not under the lock: a volume that is ready is wanted at once, and its stage must not meet us.
         await self._mark(resource, found, step)
         self._enqueue((resource, name_of(found)))  # there may be another step
@@ -294,14 +291,14 @@ def create_request(found: Object) -> CreateVolume:
     )
 
 
-def lock_keys(resource: Resource, found: Object) -> Keys:
-    """Return what work on an object excludes, as locks.keys_of does for the CSI call of the same kind."""
+def lock_keys(resource: Resource, found: Object, step: Step) -> Keys:
+    """Return what a step excludes, as locks.keys_of does for the CSI call of the same kind."""
     name, spec = name_of(found), found["spec"]
-    if resource is SNAPSHOTS:
-        return Keys(frozenset({name, spec["sourceVolumeId"]}))
-    source = spec.get("source")
-    if not source:
-        return Keys(frozenset({name}))
-    if source["kind"] == SourceKind.VOLUME.value:
-        return Keys(frozenset({name, source["id"]}))
-    return Keys(frozenset({name}), frozenset({source["id"]}))
+    if step is Step.CREATE:
+        source = spec.get("source") or {}
+        if resource is SNAPSHOTS:
+            source = {"kind": SourceKind.VOLUME.value, "id": spec["sourceVolumeId"]}
+        return creation(name, **{f"of_{source['kind']}": source["id"]} if source else {})
+    if resource is VOLUMES and step in {Step.DELETE, Step.EXPAND}:
+        return change(name)
+    return Keys(frozenset({name}))
