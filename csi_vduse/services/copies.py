@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, State
-from csi_vduse.backends.base import Backend
+from csi_vduse.backends.base import Backend, Copying
 from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Pending, Unavailable, VduseError
 from csi_vduse.services.agent_port import Attachments
 from csi_vduse.services.locks import Keys, LockTable
@@ -38,7 +39,7 @@ _SLOTS = 4
 _REMOTE_SLOTS = 16
 _INSTEAD = "detach the volume first, or use a pool on XFS or btrfs, where copies share blocks"
 
-Copy = Callable[[float], Awaitable[int]]
+Copy = Callable[[Copying], Awaitable[int]]
 # After these a copy that its pool keeps may still be made, or be there.
 _GOES_ON = (Unavailable, DeadlineExceeded, Pending, asyncio.CancelledError)
 
@@ -61,14 +62,21 @@ class Copies:
         self._locks = locks
         self._spared_until_s: dict[str, float] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
+        self._under_way: dict[str, Copying] = {}
 
-    async def of_volume(self, backend: Backend, volume: Volume, copy: Copy) -> int:
+    def progress(self, target_id: str) -> tuple[int, int]:
+        """Return how many bytes of how many the copy to a volume or snapshot has, about; zeros if none is known."""
+        found = self._under_way.get(target_id)
+        return (found.copied_bytes, found.total_bytes) if found is not None else (0, 0)
+
+    async def of_volume(self, backend: Backend, volume: Volume, target_id: str, copy: Copy) -> int:
         """Copy a volume as it is at one moment; return that moment in nanoseconds since 1970.
 
         Args:
             backend: the volume's pool.
             volume: what is copied.
-            copy: does it, before the time.monotonic() that it is given; returns as Backend.clone.
+            target_id: of the volume or snapshot that is made.
+            copy: does it, as Backend.clone.
 
         Raises:
             FailedPrecondition: an attached volume cannot be held still for as long as its copy takes, or could not a
@@ -80,11 +88,12 @@ class Copies:
         async with self._slot(backend):
             if not backend.needs_hold:
                 need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
-                return await copy(time.monotonic() + need_s * _IDLE_FACTOR) or time.time_ns()
+                with self._copying(target_id, need_s * _IDLE_FACTOR) as copying:
+                    return await copy(copying) or time.time_ns()
             with self._locks.having(Keys(frozenset({volume.id}))):
-                return await self._of_still(backend, volume, copy)
+                return await self._of_still(backend, volume, target_id, copy)
 
-    async def _of_still(self, backend: Backend, volume: Volume, copy: Copy) -> int:
+    async def _of_still(self, backend: Backend, volume: Volume, target_id: str, copy: Copy) -> int:
         """Copy a volume of a pool where it must not be written meanwhile; as `of_volume`."""
         moving_s = await backend.allocated_bytes(volume) / _BYTES_PER_S
         need_s = _FIXED_S + moving_s
@@ -92,7 +101,8 @@ class Copies:
         holder = await self._attachment(volume.id)
         if holder is None:
             before_ns = time.time_ns()
-            await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+            with self._copying(target_id, need_s * _IDLE_FACTOR) as copying:
+                await copy(copying)
             return before_ns
         self._refuse_spared(volume.id)
         if moving_s > backend.max_hold_s and not await backend.shares_blocks():
@@ -101,12 +111,12 @@ class Copies:
                 f"copied; pool {backend.name!r} allows {backend.max_hold_s:.0f} s",
                 hint=f"{_INSTEAD}; or allow it: max-hold-seconds of the pool",
             )
-        hold_s = min(need_s, backend.max_hold_s)
-        until_s = time.monotonic() + hold_s
+        hold_s, begun_s = min(need_s, backend.max_hold_s), time.monotonic()
         try:  # a hold whose answer did not reach us may have begun
             await self._agent.quiesce(volume.id, hold_s + _HOLD_MARGIN_S)
             cut_ns = time.time_ns()
-            await self._within_hold(volume.id, hold_s, copy(until_s))
+            with self._copying(target_id, hold_s, since_s=begun_s) as copying:
+                await self._within_hold(volume.id, hold_s, copy(copying))
         finally:
             await self._resume(volume.id)
         if not _held_through(holder, await self._attachment(volume.id)):
@@ -116,11 +126,22 @@ class Copies:
             )
         return cut_ns
 
-    async def of_snapshot(self, backend: Backend, snapshot: Snapshot, copy: Copy) -> None:
+    async def of_snapshot(self, backend: Backend, snapshot: Snapshot, target_id: str, copy: Copy) -> None:
         """Copy a snapshot, which nobody writes; arguments as `of_volume`."""
         async with self._slot(backend):
             need_s = _FIXED_S + await backend.allocated_bytes(snapshot) / _BYTES_PER_S
-            await copy(time.monotonic() + need_s * _IDLE_FACTOR)
+            with self._copying(target_id, need_s * _IDLE_FACTOR) as copying:
+                await copy(copying)
+
+    @contextmanager
+    def _copying(self, target_id: str, within_s: float, since_s: float | None = None) -> Iterator[Copying]:
+        """Have it known how far a copy is while the body makes it, within a time from now or from `since_s`."""
+        copying = Copying((time.monotonic() if since_s is None else since_s) + within_s)
+        self._under_way[target_id] = copying
+        try:
+            yield copying
+        finally:
+            del self._under_way[target_id]
 
     def _slot(self, backend: Backend) -> asyncio.Semaphore:
         slots = _SLOTS if backend.needs_hold else _REMOTE_SLOTS

@@ -22,6 +22,7 @@ from csi_vduse.kube.api import ApiServer, Conflict
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, is_going, name_of
 from csi_vduse.services.agent_port import Attachments
+from csi_vduse.services.copies import Copies
 from csi_vduse.services.locks import Keys, LockTable, change, creation
 from csi_vduse.services.node_steps import Step, is_copy, snapshot_step, volume_step
 from csi_vduse.services.provisioning import Provisioner
@@ -36,6 +37,7 @@ from csi_vduse.volumes.sizes import CapacityRange
 RESYNC_S = 60.0
 # Acts at once; copies are bounded elsewhere (copies.py), and hold up nothing here.
 _SLOTS = 4
+_PROGRESS_PERIOD_S = 10.0
 _FIRST_DELAY_S = 1.0
 _MAX_DELAY_S = 30.0
 # Errors that another try can mend without anybody changing anything.
@@ -56,6 +58,7 @@ class NodeWork:
         provisioner: acts on volumes.
         snapshotter: acts on snapshots.
         agent: knows what is attached.
+        copies: tells how far they are.
         locks: shared with the CSI calls.
     """
 
@@ -70,6 +73,7 @@ class NodeWork:
         provisioner: Provisioner,
         snapshotter: Snapshotter,
         agent: Attachments,
+        copies: Copies,
         locks: LockTable,
     ) -> None:
         self._node = node
@@ -79,6 +83,7 @@ class NodeWork:
         self._provisioner = provisioner
         self._snapshotter = snapshotter
         self._agent = agent
+        self._copies = copies
         self._locks = locks
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
@@ -151,20 +156,35 @@ class NodeWork:
         self._copying[key] = asyncio.create_task(self._take(resource, found, step))
         self._end_unwanted_copy(key)  # the mirror may have heard of a deletion before we looked
         try:
-            await self._ended(self._copying[key])
+            await self._watch(key, self._copying[key])
         finally:
             del self._copying[key]
 
-    async def _ended(self, copying: asyncio.Task[None]) -> None:
-        """Await a copy; one that was ended because nobody wants it is no error, and the object has another step."""
+    async def _watch(self, key: Key, copying: asyncio.Task[None]) -> None:
+        """Await a copy and tell how far it is; one that was ended because nobody wants it is no error."""
         try:
-            await asyncio.wait({copying})
+            while not (await asyncio.wait({copying}, timeout=_PROGRESS_PERIOD_S))[0]:
+                await self._tell_progress(key)
         except asyncio.CancelledError:  # we are to end ourselves
             copying.cancel()
             await asyncio.wait({copying})
             raise
         with suppress(asyncio.CancelledError):
             await copying
+
+    async def _tell_progress(self, key: Key) -> None:
+        resource, name = key
+        copied_bytes, total_bytes = self._copies.progress(name)
+        if not total_bytes:
+            return
+        try:
+            await self._registry.update_status(
+                resource,
+                name,
+                lambda now: objects.with_progress(now.get("status", {}), copied_bytes, total_bytes),
+            )
+        except VduseError as error:
+            log.get().warning("how far a copy is could not be told", error=str(error))
 
     def _end_unwanted_copy(self, key: Key) -> None:
         resource, name = key
@@ -228,7 +248,7 @@ class NodeWork:
 
         def status(now: Object) -> Object:
             failed = {"state": objects.FAILED} if step is Step.CREATE and not retrying else {}
-            return {**now.get("status", {}), **failed, "error": said}
+            return {**objects.without_progress(now.get("status", {})), **failed, "error": said}
 
         with suppress(NotFound):
             await self._registry.update_status(resource, name_of(found), status)

@@ -64,6 +64,7 @@ class PoolWork:
                 segments=segments,
             ),
             agent=agent,
+            copies=copies,
             locks=locks,
         )
 

@@ -245,11 +245,17 @@ class Provisioner:
                 await backend.create(volume)
             case Volume():
                 await self._copies.of_volume(
-                    backend, source, lambda until_s: backend.clone(source, volume, until_s=until_s)
+                    backend,
+                    source,
+                    volume.id,
+                    lambda copying: backend.clone(source, volume, copying=copying),
                 )
             case Snapshot():
                 await self._copies.of_snapshot(
-                    backend, source, lambda until_s: backend.restore(source, volume, until_s=until_s)
+                    backend,
+                    source,
+                    volume.id,
+                    lambda copying: backend.restore(source, volume, copying=copying),
                 )
 
     async def _set_size(self, volume_id: str, capacity_bytes: int, expanding_to_bytes: int) -> Volume:

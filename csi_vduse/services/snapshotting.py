@@ -74,7 +74,10 @@ class Snapshotter:
         backend = self._pools.holding(volume.pool)
         try:
             cut_ns = await self._copies.of_volume(
-                backend, volume, lambda until_s: backend.snapshot(volume, snapshot, until_s=until_s)
+                backend,
+                volume,
+                snapshot_id,
+                lambda copying: backend.snapshot(volume, snapshot, copying=copying),
             )
             ready = replace(snapshot, state=State.READY, created_at_ns=cut_ns)
             await self._registry.put_snapshot(ready)

@@ -250,6 +250,13 @@ class Block:
         if failure:
             raise DataLoss(f"{source} could not be copied: {failure}", hint="look at the server's disks")
 
+    async def progress(self, target: str) -> tuple[int, int]:
+        """Return how many bytes of how many the copy to a node has moved, about; zeros if there is none."""
+        for one in await self.qmp.execute("query-jobs"):
+            if one["id"] == target:
+                return int(one["current-progress"]), int(one["total-progress"])
+        return 0, 0
+
     async def _make_sure(self, name: str) -> None:
         """Learn whether a node or an export that a command was given up about is there.
 

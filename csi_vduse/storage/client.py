@@ -117,6 +117,12 @@ class StorageClient:
             return None
         return ImageInfo(answer.size_bytes, answer.allocated_bytes, answer.problem)
 
+    async def progress(self, target: Key) -> tuple[int, int]:
+        """Return how many bytes of how many a copy that is being made has, about; zeros if there is none."""
+        request = storage_pb2.GetImageRequest(kind=_KINDS[target.kind], id=target.id)
+        answer = await self._call(self._stub.GetImage(request, timeout=self._ask_timeout_s))
+        return answer.copied_bytes, answer.total_bytes
+
     async def publications(self, volume_id: str = "") -> dict[str, tuple[str, ...]]:
         """Return where each published volume is, or this one alone."""
         request = storage_pb2.ListPublicationsRequest(volume_id=volume_id)

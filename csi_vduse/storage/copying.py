@@ -34,6 +34,7 @@ class _Job:
     def __init__(self, source: Key, size_bytes: int) -> None:
         self.source = source
         self.size_bytes = size_bytes
+        self.node = ""  # of its target; also the name of the daemon's job
         self.task: asyncio.Task[int]
         self._part: asyncio.Task[Any] | None = None
         self._unwanted = False
@@ -92,6 +93,11 @@ class CopyJobs:
             job.end()
             await asyncio.wait({job.task})
 
+    async def progress(self, target: Key) -> tuple[int, int]:
+        """See StorageServer.progress."""
+        job, block = self._jobs.get(target), self._core.block
+        return (0, 0) if job is None or block is None or not job.node else await block.progress(job.node)
+
     async def close(self) -> None:
         """End all jobs."""
         for target in list(self._jobs):
@@ -131,6 +137,7 @@ class CopyJobs:
             node = f"t-{secrets.token_hex(8)}"
             await block.open(node, path, image.format)
             undo.push_async_callback(close_quietly, block, node)
+            job.node = node
             await job.long(block.copy(source, node, until_s=until_s))
             cut_ns = time.time_ns()
             if source_bytes != job.size_bytes:

@@ -185,6 +185,10 @@ class StorageServer:
             return ImageStatus(image, 0, str(error))
         return ImageStatus(current, await self._core.disk(self._core.store.allocated_bytes, image), "")
 
+    async def progress(self, target: Key) -> tuple[int, int]:
+        """Return how many bytes of how many a copy that is being made has, about; zeros if there is none."""
+        return await self._copies.progress(target)
+
     async def volumes(self) -> list[Image]:
         """Return what the records say of all volumes."""
         return await self._core.disk(self._core.store.list, Kind.VOLUME)

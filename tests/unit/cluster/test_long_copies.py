@@ -5,13 +5,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from csi_vduse.backends import nbd
 from csi_vduse.config import PoolConfig
-from csi_vduse.kube.resources import VOLUMES
+from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES
+from csi_vduse.services import node_work, waiting
 from csi_vduse.services.server import CsiServer
 from csi_vduse.storage.block import Block
-from csi_vduse.volumes.ids import volume_id
+from csi_vduse.volumes.ids import snapshot_id, volume_id
 from tests.unit.cluster.conftest import until
-from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand
+from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand, failure
 from tests.unit.services.stack import MIB
 
 # Of what must not wait for a copy; the copies of these tests wait for the test.
@@ -115,3 +117,27 @@ async def test_the_next_leader_goes_on_with_the_copy_of_the_one_before(
         assert (await clone).content_source.volume.volume_id == source.volume_id
         assert (await snapshot).ready_to_use
     assert gate.begun == 2
+
+
+async def test_the_object_says_how_far_its_copy_is_until_it_is_made(shared, gate, monkeypatch):
+    async def progress(_block, _target):
+        return MIB, 4 * MIB
+
+    monkeypatch.setattr(Block, "progress", progress)
+    monkeypatch.setattr(nbd, "_WATCH_PERIOD_S", 0.05)
+    monkeypatch.setattr(node_work, "_PROGRESS_PERIOD_S", 0.05)
+    source = await create_when_known(shared, "v", parameters=REMOTE)
+    clone = gate.ask(shared.create("c", parameters=REMOTE, from_volume=source.volume_id))
+    snapshot = gate.ask(shared.snapshot((await shared.create("w", parameters=REMOTE)).volume_id))
+    paths = [VOLUMES.named(volume_id("c")), SNAPSHOTS.named(snapshot_id("s"))]
+    told = {"copied": "25%", "copiedBytes": MIB, "totalBytes": 4 * MIB}
+    for path in paths:
+        await until(lambda path=path: told.items() <= shared.server.object(path)["status"].items())
+    another = await shared.create("x", parameters=REMOTE)
+    monkeypatch.setattr(waiting, "WAIT_S", 1.0)
+    impatient = shared.create("d", parameters=REMOTE, from_volume=another.volume_id)
+    assert "25% is copied" in (await failure(impatient)).details()
+    gate.open.set()
+    await asyncio.gather(clone, snapshot)
+    for path in paths:
+        assert not told.keys() & shared.server.object(path)["status"].keys()

@@ -28,13 +28,13 @@ class SharedPool(FilePool):
         self.copying = asyncio.Event()
         self.cut = asyncio.Event()
 
-    async def clone(self, source, volume, *, until_s):
+    async def clone(self, source, volume, *, copying):
         await self._gate()
-        await super().clone(source, volume, until_s=until_s)
+        return await super().clone(source, volume, copying=copying)
 
-    async def snapshot(self, source, snapshot, *, until_s):
+    async def snapshot(self, source, snapshot, *, copying):
         await self._gate()
-        await super().snapshot(source, snapshot, until_s=until_s)
+        return await super().snapshot(source, snapshot, copying=copying)
 
     async def published(self):
         return {}

@@ -221,3 +221,20 @@ async def test_one_source_is_copied_several_times_at_once(server, source):
     for n in range(4):
         assert await content(server, f"c{n}") == BLOCK
     assert server._core.block.nodes == set()
+
+
+async def test_a_copy_tells_how_far_it_is(server, monkeypatch):
+    await server.create("v1", SIZE)
+    await write(server)
+    seen, execute = [], server._core.block.qmp.execute
+
+    async def looking(command, *args, **kwargs):
+        if command == "block-job-cancel":  # all is copied, and the copy is about to be cut
+            seen.append(await server.progress(snapshot("s1")))
+        return await execute(command, *args, **kwargs)
+
+    monkeypatch.setattr(server._core.block.qmp, "execute", looking)
+    await server.copy(volume("v1"), snapshot("s1"), SIZE, timeout_s=60)
+    [(copied, total)] = seen
+    assert 0 < copied == total <= SIZE
+    assert await server.progress(snapshot("s1")) == (0, 0)
