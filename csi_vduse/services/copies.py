@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from csi_vduse import log
 from csi_vduse.agent.model import Attachment, State
@@ -62,6 +63,7 @@ class Copies:
         self._locks = locks
         self._spared_until_s: dict[str, float] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._under_way: dict[str, Copying] = {}
 
     def progress(self, target_id: str) -> tuple[int, int]:
@@ -85,13 +87,16 @@ class Copies:
                 another worker than when its hold began.
             Pending: it is being attached or detached, or another copy has it.
         """
-        async with self._slot(backend):
-            if not backend.needs_hold:
-                need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
-                with self._copying(target_id, need_s * _IDLE_FACTOR) as copying:
-                    return await copy(copying) or time.time_ns()
-            with self._locks.having(Keys(frozenset({volume.id}))):
-                return await self._of_still(backend, volume, target_id, copy)
+        if backend.needs_hold:
+            async with self._slot(backend):
+                with self._locks.having(Keys(frozenset({volume.id}))):
+                    return await self._of_still(backend, volume, target_id, copy)
+        # A storage server makes copies of one volume one after the other; those that wait take nobody's slot.
+        turn = self._turns.setdefault(volume.id, asyncio.Lock())
+        async with turn, self._slot(backend):
+            need_s = _FIXED_S + await backend.allocated_bytes(volume) / _BYTES_PER_S
+            with self._copying(target_id, need_s * _IDLE_FACTOR) as copying:
+                return await copy(copying) or time.time_ns()
 
     async def _of_still(self, backend: Backend, volume: Volume, target_id: str, copy: Copy) -> int:
         """Copy a volume of a pool where it must not be written meanwhile; as `of_volume`."""

@@ -8,7 +8,7 @@ import pytest
 from csi_vduse.backends import nbd
 from csi_vduse.config import PoolConfig
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES
-from csi_vduse.services import node_work, waiting
+from csi_vduse.services import copies, node_work, waiting
 from csi_vduse.services.server import CsiServer
 from csi_vduse.storage.block import Block
 from csi_vduse.volumes.ids import snapshot_id, volume_id
@@ -78,6 +78,22 @@ async def test_long_copies_stop_nothing_else_of_their_place(shared, gate):
     assert not any(clone.done() for clone in clones)
     gate.open.set()
     await asyncio.gather(*clones)
+
+
+async def test_copies_of_one_volume_wait_for_each_other_and_nobody_for_them(shared, gate, monkeypatch):
+    monkeypatch.setattr(copies, "_REMOTE_SLOTS", 2)
+    template = await create_when_known(shared, "v", parameters=REMOTE)
+    other = await shared.create("w", parameters=REMOTE)
+    clones = [
+        gate.ask(shared.create(f"c{n}", parameters=REMOTE, from_volume=template.volume_id)) for n in range(3)
+    ]
+    paths = [VOLUMES.named(volume_id(f"c{n}")) for n in range(3)]
+    await until(lambda: all((shared.server.object(path) or {}).get("status") for path in paths))
+    snapshot = gate.ask(shared.snapshot(other.volume_id))
+    async with soon():
+        await until(lambda: gate.begun == 2)
+    gate.open.set()
+    await asyncio.gather(*clones, snapshot)
 
 
 async def test_an_object_that_is_deleted_while_it_is_being_copied_ends_its_copy(shared, server, gate):
