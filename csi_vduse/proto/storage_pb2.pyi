@@ -171,7 +171,7 @@ class CopyImageRequest(_message.Message):
     size_bytes: _builtins.int
     """of the target, at least the source's"""
     timeout_s: _builtins.float
-    """of a copy that this call starts: after this it is given up and nothing is left"""
+    """of a copy that this call starts: when it does not get on after this, it is given up"""
     def __init__(
         self,
         *,

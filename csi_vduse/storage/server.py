@@ -120,14 +120,15 @@ class StorageServer:
             source: a volume or snapshot.
             target: becomes an independent image.
             size_bytes: of the target, at least the source's.
-            timeout_s: after this a copy that this call has started is given up and nothing is left.
+            timeout_s: after this a copy that this call has started, and that does not get on any more, is given up and
+                nothing is left.
 
         Raises:
             NotFound: there is no such source.
             OutOfRange: it is larger than size_bytes.
             AlreadyExists: the target is there and is something else.
             Pending: the target is being made from something else, or was deleted meanwhile.
-            DeadlineExceeded: timeout_s was not enough.
+            DeadlineExceeded: timeout_s was not enough, and it stands still.
         """
         _require_sectors(size_bytes)
         return await self._copies.copy(source, target, size_bytes, timeout_s=timeout_s)

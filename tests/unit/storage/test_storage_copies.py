@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from csi_vduse.errors import AlreadyExists, NotFound, OutOfRange, Pending, VduseError
+from csi_vduse.errors import AlreadyExists, DeadlineExceeded, NotFound, OutOfRange, Pending, VduseError
+from csi_vduse.storage import block as block_layer
 from tests.unit.storage.nbd_client import CutOff
 from tests.unit.storage.use import (
     BLOCK,
@@ -238,3 +239,41 @@ async def test_a_copy_tells_how_far_it_is(server, monkeypatch):
     [(copied, total)] = seen
     assert 0 < copied == total <= SIZE
     assert await server.progress(snapshot("s1")) == (0, 0)
+
+
+@pytest.fixture
+def at_speed(server, monkeypatch):
+    """Has the daemon copy so many bytes a second."""
+
+    def slowly(bytes_per_s):
+        async def execute(command, arguments=None, **kwargs):
+            if command == "blockdev-mirror":
+                arguments = {**arguments, "speed": bytes_per_s, "buf-size": MIB // 4}
+            return await original(command, arguments, **kwargs)
+
+        original = server._core.block.qmp.execute
+        monkeypatch.setattr(server._core.block.qmp, "execute", execute)
+
+    return slowly
+
+
+async def test_a_copy_that_takes_longer_than_was_reckoned_is_not_given_up_while_it_goes_on(
+    server, at_speed, monkeypatch
+):
+    """It was given up and begun again, for ever on a server that is always that slow."""
+    monkeypatch.setattr(block_layer, "_STALL_S", 1.5)
+    await server.create("v1", SIZE)
+    await write(server, bytes(range(1, 129)) * (4 * MIB // 128))
+    at_speed(MIB)
+    await server.copy(volume("v1"), snapshot("s1"), SIZE, timeout_s=1)
+    assert (await server.status(snapshot("s1"))).allocated_bytes >= 4 * MIB
+
+
+async def test_a_copy_that_stands_still_is_given_up(server, config, at_speed, monkeypatch):
+    monkeypatch.setattr(block_layer, "_STALL_S", 0.5)
+    await server.create("v1", SIZE)
+    await write(server, bytes(range(1, 129)) * (4 * MIB // 128))
+    at_speed(1)
+    with pytest.raises(DeadlineExceeded):
+        await server.copy(volume("v1"), snapshot("s1"), SIZE, timeout_s=1)
+    assert not list(config.directory.glob("snapshots/*"))
