@@ -33,6 +33,23 @@ class PoolUsage:
     snapshot_bytes: int
 
 
+@dataclass
+class Copying:
+    """One copy under way, shared by who wants it and who makes it, perhaps in another thread.
+
+    Args:
+        until_s: time.monotonic() after which the copy is worthless and is given up.
+        is_unwanted: it is to end as soon as it can, and to leave nothing.
+        copied_bytes: of total_bytes, about; both 0 while nothing is known.
+        total_bytes: that are to be moved.
+    """
+
+    until_s: float
+    is_unwanted: bool = False
+    copied_bytes: int = 0
+    total_bytes: int = 0
+
+
 class Backend(Protocol):
     """One pool. Any method may raise FailedPrecondition (pool not usable), ResourceExhausted, Unavailable."""
 
@@ -49,6 +66,11 @@ class Backend(Protocol):
     @property
     def needs_hold(self) -> bool:
         """Whether an attached volume must be held still by its worker while it is copied."""
+        ...
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether a copy goes on, and is kept, when whoever asked for it ends: asking again joins it or finds it made."""
         ...
 
     @property
@@ -72,25 +94,27 @@ class Backend(Protocol):
         """Make an image that reads as zeros; fine if it is there."""
         ...
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, copying: Copying) -> int:
         """Make an image with the source's content; it must not be written meanwhile if the pool needs_hold.
+
+        Returns the moment of the content in nanoseconds since 1970; 0: any moment of the copy.
 
         Args:
             source: the volume to copy.
             volume: the new one, at least as large.
-            until_s: time.monotonic() after which the copy is worthless and is given up.
+            copying: what is told of it, and by when it has to be made.
 
         Raises:
-            DeadlineExceeded: until_s came first; nothing is left.
+            DeadlineExceeded: its time came first; nothing is left.
             DataLoss: the source is missing or shorter than it should be.
         """
         ...
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, copying: Copying) -> int:
         """Keep a copy of the source under the snapshot's id; as `clone`."""
         ...
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, copying: Copying) -> int:
         """Make an image with the snapshot's content; as `clone`."""
         ...
 

@@ -1,7 +1,7 @@
 """Copying an image file: sharing its blocks where the file system can, else moving only what is allocated.
 
 Synchronous; runs in a thread. Keeps true: the destination ends with the source's content and holes, or an
-error is raised; the deadline is looked at between chunks, so a copy ends at most one chunk late.
+error is raised; whether it is still wanted is looked at between chunks, so a copy ends at most one chunk late.
 """
 
 from __future__ import annotations
@@ -12,29 +12,32 @@ import os
 import time
 from pathlib import Path
 
-from csi_vduse.errors import DataLoss, DeadlineExceeded
+from csi_vduse.backends.base import Copying
+from csi_vduse.errors import DataLoss, DeadlineExceeded, Pending
 
 # _IOW(0x94, 9, int), ioctl_ficlone(2).
 _FICLONE = 0x40049409
 _CHUNK_BYTES = 8 << 20
 _BUFFER_BYTES = 1 << 20
 _PROBE_BYTES = 4096
+_STAT_BLOCK_BYTES = 512  # of st_blocks, stat(3type)
 # What FICLONE and copy_file_range answer when the file system, or this pair of files, cannot.
 _CANNOT = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
 
 
-def copy_image(source_fd: int, target_fd: int, *, size_bytes: int, until_s: float) -> None:
+def copy_image(source_fd: int, target_fd: int, *, size_bytes: int, copying: Copying) -> None:
     """Make the empty file `target_fd` a copy of the first `size_bytes` of `source_fd`.
 
     Args:
         source_fd: readable; not written by anybody meanwhile.
         target_fd: writable and empty.
         size_bytes: length of the source that counts.
-        until_s: time.monotonic() after which the copy is given up.
+        copying: until when it is of use, and where it is told how far it is.
 
     Raises:
         DataLoss: the source is shorter than size_bytes.
-        DeadlineExceeded: until_s came first.
+        DeadlineExceeded: its time came first.
+        Pending: nobody wants it any more.
         OSError: as the file system says.
     """
     if os.fstat(source_fd).st_size < size_bytes:
@@ -42,9 +45,9 @@ def copy_image(source_fd: int, target_fd: int, *, size_bytes: int, until_s: floa
     os.fsync(source_fd)
     if not _reflink(source_fd, target_fd):
         os.ftruncate(target_fd, size_bytes)
-        _copy_allocated(source_fd, target_fd, size_bytes, until_s)
-    if time.monotonic() > until_s:
-        raise _late()
+        copying.total_bytes = min(os.fstat(source_fd).st_blocks * _STAT_BLOCK_BYTES, size_bytes)
+        _copy_allocated(source_fd, target_fd, size_bytes, copying)
+    _require_wanted(copying)
 
 
 def can_share_blocks(directory: Path) -> bool:
@@ -73,7 +76,7 @@ def _reflink(source_fd: int, target_fd: int) -> bool:
     return True
 
 
-def _copy_allocated(source_fd: int, target_fd: int, size_bytes: int, until_s: float) -> None:
+def _copy_allocated(source_fd: int, target_fd: int, size_bytes: int, copying: Copying) -> None:
     offset = 0
     while offset < size_bytes:
         try:
@@ -85,12 +88,12 @@ def _copy_allocated(source_fd: int, target_fd: int, size_bytes: int, until_s: fl
         end = min(os.lseek(source_fd, start, os.SEEK_HOLE), size_bytes)
         offset = start
         while offset < end:
-            if time.monotonic() > until_s:
-                raise _late()
+            _require_wanted(copying)
             moved = _copy_chunk(source_fd, target_fd, offset, min(end - offset, _CHUNK_BYTES))
             if moved == 0:
                 raise _short(offset, size_bytes)
             offset += moved
+            copying.copied_bytes += moved
 
 
 def _copy_chunk(source_fd: int, target_fd: int, offset: int, length_bytes: int) -> int:
@@ -115,8 +118,11 @@ def _short(found_bytes: int, expected_bytes: int) -> DataLoss:
     )
 
 
-def _late() -> DeadlineExceeded:
-    return DeadlineExceeded(
-        "the copy took longer than the volume could be held still",
-        hint="detach the volume first, or use a pool on XFS or btrfs, where copies share blocks",
-    )
+def _require_wanted(copying: Copying) -> None:
+    if copying.is_unwanted:
+        raise Pending("nobody wants this copy any more", hint="retry")
+    if time.monotonic() > copying.until_s:
+        raise DeadlineExceeded(
+            "the copy took longer than the volume could be held still",
+            hint="detach the volume first, or use a pool on XFS or btrfs, where copies share blocks",
+        )

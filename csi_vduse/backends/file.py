@@ -13,6 +13,7 @@ and leak.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
@@ -27,7 +28,7 @@ from typing import ParamSpec, TypeVar
 from urllib.parse import parse_qsl
 
 from csi_vduse import records
-from csi_vduse.backends.base import MAX_HOLD_S, PoolUsage
+from csi_vduse.backends.base import MAX_HOLD_S, Copying, PoolUsage
 from csi_vduse.backends.copying import can_share_blocks, copy_image
 from csi_vduse.backends.faults import translated
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
@@ -124,6 +125,11 @@ class FilePool:
         return True
 
     @property
+    def keeps_copies(self) -> bool:
+        """A copy is a thread of this process, and a whole image of it may be one whose hold was broken."""
+        return False
+
+    @property
     def max_hold_s(self) -> float:
         """As the pool's configuration allows."""
         return self._max_hold_s
@@ -143,30 +149,26 @@ class FilePool:
     async def create(self, volume: Volume) -> None:
         """Make a sparse image of the volume's capacity."""
         until_s = time.monotonic() + DEFAULT_TIMEOUT_S - _COPY_GRACE_S
-        await self._short(self._make_volume, volume, lambda _fd: None, until_s)
+        await self._short(self._make_volume, volume, lambda _fd: None, Copying(until_s))
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, copying: Copying) -> int:
         """Copy another volume's image."""
-        fill = self._filler(self._volume_image(source.id), source.capacity_bytes, until_s)
-        await self._long(until_s, self._make_volume, volume, fill, until_s)
+        fill = self._filler(self._volume_image(source.id), source.capacity_bytes, copying)
+        await self._long(copying, self._make_volume, volume, fill)
+        return 0
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, copying: Copying) -> int:
         """Copy a snapshot's image."""
-        fill = self._filler(self._snapshot_image(snapshot.id), snapshot.size_bytes, until_s)
-        await self._long(until_s, self._make_volume, volume, fill, until_s)
+        fill = self._filler(self._snapshot_image(snapshot.id), snapshot.size_bytes, copying)
+        await self._long(copying, self._make_volume, volume, fill)
+        return 0
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, copying: Copying) -> int:
         """Copy a volume's image to a snapshot."""
-        fill = self._filler(self._volume_image(source.id), snapshot.size_bytes, until_s)
-        await self._long(
-            until_s,
-            self._make,
-            self._snapshot_image(snapshot.id).parent,
-            snapshot.size_bytes,
-            snapshot_to_json(snapshot),
-            fill,
-            until_s,
-        )
+        fill = self._filler(self._volume_image(source.id), snapshot.size_bytes, copying)
+        target = self._snapshot_image(snapshot.id).parent
+        await self._long(copying, self._make, target, snapshot.size_bytes, snapshot_to_json(snapshot), fill)
+        return 0
 
     async def expand(self, volume: Volume, capacity_bytes: int) -> None:
         """Grow the image; the new end is a hole."""
@@ -236,10 +238,18 @@ class FilePool:
         with translated(f"pool {self._name!r}"):
             return await self._small.run(DEFAULT_TIMEOUT_S, function, *args, **kwargs)
 
-    async def _long(self, until_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def _long(self, copying: Copying, function: Callable[..., None], *args: object) -> None:
+        """Make a copy; if nobody waits for it any more, it has ended before the caller goes on, if its disk lets it."""
+        timeout_s = max(copying.until_s - time.monotonic(), 0.0) + _COPY_GRACE_S
         with translated(f"pool {self._name!r}"):
-            timeout_s = max(until_s - time.monotonic(), 0.0) + _COPY_GRACE_S
-            return await self._copies.run(timeout_s, function, *args, **kwargs)
+            making = asyncio.ensure_future(self._copies.run(timeout_s, function, *args, copying))
+            try:
+                await asyncio.shield(making)
+            except asyncio.CancelledError:
+                copying.is_unwanted = True
+                making.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+                await asyncio.wait({making}, timeout=_COPY_GRACE_S)
+                raise
 
     def _volume_image(self, volume_id: str) -> Path:
         return self._directory / "volumes" / volume_id / IMAGE
@@ -282,25 +292,25 @@ class FilePool:
         foreign_bytes = max(0, total_bytes - free_bytes - volume_bytes - snapshot_bytes)
         return PoolUsage(total_bytes, foreign_bytes, snapshot_bytes)
 
-    def _filler(self, source: Path, size_bytes: int, until_s: float) -> Fill:
+    def _filler(self, source: Path, size_bytes: int, copying: Copying) -> Fill:
         def fill(target_fd: int) -> None:
             try:
                 source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise _missing(source) from None
             try:
-                copy_image(source_fd, target_fd, size_bytes=size_bytes, until_s=until_s)
+                copy_image(source_fd, target_fd, size_bytes=size_bytes, copying=copying)
             finally:
                 os.close(source_fd)
 
         return fill
 
-    def _make_volume(self, volume: Volume, fill: Fill, until_s: float) -> None:
+    def _make_volume(self, volume: Volume, fill: Fill, copying: Copying) -> None:
         target = self._volume_image(volume.id).parent
-        self._make(target, volume.capacity_bytes, volume_to_json(volume), fill, until_s)
+        self._make(target, volume.capacity_bytes, volume_to_json(volume), fill, copying)
 
     def _make(
-        self, target: Path, size_bytes: int, meta: dict[str, object], fill: Fill, until_s: float
+        self, target: Path, size_bytes: int, meta: dict[str, object], fill: Fill, copying: Copying
     ) -> None:
         self._check()
         if target.exists():
@@ -318,7 +328,7 @@ class FilePool:
             finally:
                 os.close(image_fd)
             records.write_record(temporary / _META, meta, make_directory=False)
-            if time.monotonic() > until_s + _COPY_GRACE_S / 2:
+            if copying.is_unwanted or time.monotonic() > copying.until_s + _COPY_GRACE_S / 2:
                 # Nobody waits for this thread any more: an image now would belong to no record.
                 raise DeadlineExceeded(f"{target} took too long", hint="the file system is slow or hangs")
             try:

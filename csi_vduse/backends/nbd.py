@@ -7,14 +7,16 @@ not find nothing, and leak, because an address has changed hands.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from csi_vduse import records
-from csi_vduse.backends.base import PoolUsage
+from csi_vduse.backends.base import Copying, PoolUsage
 from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend, NbdTls
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.storage.client import StorageClient
@@ -30,6 +32,7 @@ EPOCH = "epoch"
 WRITE_THROUGH = "writeThrough"  # "true", or not there
 # The directory of certificates, on the node; also a key of the volume_context of an export that was made beforehand.
 TLS_DIRECTORY = "tlsDirectory"
+_WATCH_PERIOD_S = 5.0
 _OPTIONS = ("tls", "node-tls")
 
 
@@ -108,6 +111,11 @@ class NbdPool:
         return False
 
     @property
+    def keeps_copies(self) -> bool:
+        """A copy is the server's job, and its image says what it is a copy of."""
+        return True
+
+    @property
     def max_hold_s(self) -> float:
         """Nothing is held."""
         return 0.0
@@ -131,21 +139,21 @@ class NbdPool:
         await self.check()
         await self._client.create(volume.id, volume.capacity_bytes)
 
-    async def clone(self, source: Volume, volume: Volume, *, until_s: float) -> None:
+    async def clone(self, source: Volume, volume: Volume, *, copying: Copying) -> int:
         """Have the server copy another volume, which may be in use."""
-        await self._copy(
-            Key(Kind.VOLUME, source.id), Key(Kind.VOLUME, volume.id), volume.capacity_bytes, until_s
+        return await self._copy(
+            Key(Kind.VOLUME, source.id), Key(Kind.VOLUME, volume.id), volume.capacity_bytes, copying
         )
 
-    async def restore(self, snapshot: Snapshot, volume: Volume, *, until_s: float) -> None:
+    async def restore(self, snapshot: Snapshot, volume: Volume, *, copying: Copying) -> int:
         """Have the server copy a snapshot to a volume."""
         source = Key(Kind.SNAPSHOT, snapshot.id)
-        await self._copy(source, Key(Kind.VOLUME, volume.id), volume.capacity_bytes, until_s)
+        return await self._copy(source, Key(Kind.VOLUME, volume.id), volume.capacity_bytes, copying)
 
-    async def snapshot(self, source: Volume, snapshot: Snapshot, *, until_s: float) -> None:
+    async def snapshot(self, source: Volume, snapshot: Snapshot, *, copying: Copying) -> int:
         """Have the server copy a volume, which may be in use, to a snapshot."""
         target = Key(Kind.SNAPSHOT, snapshot.id)
-        await self._copy(Key(Kind.VOLUME, source.id), target, snapshot.size_bytes, until_s)
+        return await self._copy(Key(Kind.VOLUME, source.id), target, snapshot.size_bytes, copying)
 
     async def expand(self, volume: Volume, capacity_bytes: int) -> None:
         """Have the server grow the image; nodes that use it are cut off for a moment."""
@@ -225,9 +233,21 @@ class NbdPool:
         """Stop the threads; the connection ends with the object. The pool is not used afterwards."""
         self._threads.close()
 
-    async def _copy(self, source: Key, target: Key, size_bytes: int, until_s: float) -> None:
+    async def _copy(self, source: Key, target: Key, size_bytes: int, copying: Copying) -> int:
         await self.check()
-        await self._client.copy(source, target, size_bytes, timeout_s=until_s - time.monotonic())
+        watching = asyncio.create_task(self._watch(target, copying))
+        try:
+            timeout_s = copying.until_s - time.monotonic()
+            return await self._client.copy(source, target, size_bytes, timeout_s=timeout_s)
+        finally:
+            watching.cancel()
+
+    async def _watch(self, target: Key, copying: Copying) -> None:
+        """Learn from time to time how far the server is with a copy."""
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            with suppress(VduseError):  # the call that waits for the copy tells what is wrong
+                copying.copied_bytes, copying.total_bytes = await self._client.progress(target)
 
     def _remember(self, pool_id: str) -> None:
         memory = records.read_record(self._memory)

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rstorage.proto\x12\x14\x63si_vduse.storage.v1\"\x15\n\x13StorageProbeRequest\"8\n\x14StorageProbeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\"\x11\n\x0fGetUsageRequest\"V\n\x10GetUsageResponse\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x15\n\rforeign_bytes\x18\x02 \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x03 \x01(\x04\";\n\x12\x43reateImageRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x15\n\x13\x43reateImageResponse\"\xcb\x01\n\x10\x43opyImageRequest\x12\x34\n\x0bsource_kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x34\n\x0btarget_kind\x18\x03 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\x11\n\ttarget_id\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"&\n\x11\x43opyImageResponse\x12\x11\n\tcut_at_ns\x18\x01 \x01(\x03\";\n\x12\x45xpandImageRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x15\n\x13\x45xpandImageResponse\"O\n\x12\x44\x65leteImageRequest\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\n\n\x02id\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteImageResponse\"L\n\x0fGetImageRequest\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\n\n\x02id\x18\x02 \x01(\t\"_\n\x10GetImageResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07problem\x18\x04 \x01(\t\",\n\x17ListPublicationsRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\"6\n\x0fPublishedVolume\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\t\"R\n\x18ListPublicationsResponse\x12\x36\n\x07volumes\x18\x01 \x03(\x0b\x32%.csi_vduse.storage.v1.PublishedVolume\"W\n\x0ePublishRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"@\n\x0bPublication\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x15\n\rwrite_through\x18\x03 \x01(\x08\"6\n\x10UnpublishRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\"\x13\n\x11UnpublishResponse*;\n\tImageKind\x12\x15\n\x11IMAGE_KIND_VOLUME\x10\x00\x12\x17\n\x13IMAGE_KIND_SNAPSHOT\x10\x01\x32\xd0\x07\n\x07Storage\x12^\n\x05Probe\x12).csi_vduse.storage.v1.StorageProbeRequest\x1a*.csi_vduse.storage.v1.StorageProbeResponse\x12Y\n\x08GetUsage\x12%.csi_vduse.storage.v1.GetUsageRequest\x1a&.csi_vduse.storage.v1.GetUsageResponse\x12\x63\n\x0c\x43reateVolume\x12(.csi_vduse.storage.v1.CreateImageRequest\x1a).csi_vduse.storage.v1.CreateImageResponse\x12\\\n\tCopyImage\x12&.csi_vduse.storage.v1.CopyImageRequest\x1a\'.csi_vduse.storage.v1.CopyImageResponse\x12\x63\n\x0c\x45xpandVolume\x12(.csi_vduse.storage.v1.ExpandImageRequest\x1a).csi_vduse.storage.v1.ExpandImageResponse\x12\x62\n\x0b\x44\x65leteImage\x12(.csi_vduse.storage.v1.DeleteImageRequest\x1a).csi_vduse.storage.v1.DeleteImageResponse\x12Y\n\x08GetImage\x12%.csi_vduse.storage.v1.GetImageRequest\x1a&.csi_vduse.storage.v1.GetImageResponse\x12q\n\x10ListPublications\x12-.csi_vduse.storage.v1.ListPublicationsRequest\x1a..csi_vduse.storage.v1.ListPublicationsResponse\x12R\n\x07Publish\x12$.csi_vduse.storage.v1.PublishRequest\x1a!.csi_vduse.storage.v1.Publication\x12\\\n\tUnpublish\x12&.csi_vduse.storage.v1.UnpublishRequest\x1a\'.csi_vduse.storage.v1.UnpublishResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rstorage.proto\x12\x14\x63si_vduse.storage.v1\"\x15\n\x13StorageProbeRequest\"8\n\x14StorageProbeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\"\x11\n\x0fGetUsageRequest\"V\n\x10GetUsageResponse\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x15\n\rforeign_bytes\x18\x02 \x01(\x04\x12\x16\n\x0esnapshot_bytes\x18\x03 \x01(\x04\";\n\x12\x43reateImageRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x15\n\x13\x43reateImageResponse\"\xcb\x01\n\x10\x43opyImageRequest\x12\x34\n\x0bsource_kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x34\n\x0btarget_kind\x18\x03 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\x11\n\ttarget_id\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"&\n\x11\x43opyImageResponse\x12\x11\n\tcut_at_ns\x18\x01 \x01(\x03\";\n\x12\x45xpandImageRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x15\n\x13\x45xpandImageResponse\"O\n\x12\x44\x65leteImageRequest\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\n\n\x02id\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteImageResponse\"L\n\x0fGetImageRequest\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.csi_vduse.storage.v1.ImageKind\x12\n\n\x02id\x18\x02 \x01(\t\"\x8a\x01\n\x10GetImageResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x61llocated_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07problem\x18\x04 \x01(\t\x12\x14\n\x0c\x63opied_bytes\x18\x05 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\",\n\x17ListPublicationsRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\"6\n\x0fPublishedVolume\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\t\"R\n\x18ListPublicationsResponse\x12\x36\n\x07volumes\x18\x01 \x03(\x0b\x32%.csi_vduse.storage.v1.PublishedVolume\"W\n\x0ePublishRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"@\n\x0bPublication\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x15\n\rwrite_through\x18\x03 \x01(\x08\"6\n\x10UnpublishRequest\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\"\x13\n\x11UnpublishResponse*;\n\tImageKind\x12\x15\n\x11IMAGE_KIND_VOLUME\x10\x00\x12\x17\n\x13IMAGE_KIND_SNAPSHOT\x10\x01\x32\xd0\x07\n\x07Storage\x12^\n\x05Probe\x12).csi_vduse.storage.v1.StorageProbeRequest\x1a*.csi_vduse.storage.v1.StorageProbeResponse\x12Y\n\x08GetUsage\x12%.csi_vduse.storage.v1.GetUsageRequest\x1a&.csi_vduse.storage.v1.GetUsageResponse\x12\x63\n\x0c\x43reateVolume\x12(.csi_vduse.storage.v1.CreateImageRequest\x1a).csi_vduse.storage.v1.CreateImageResponse\x12\\\n\tCopyImage\x12&.csi_vduse.storage.v1.CopyImageRequest\x1a\'.csi_vduse.storage.v1.CopyImageResponse\x12\x63\n\x0c\x45xpandVolume\x12(.csi_vduse.storage.v1.ExpandImageRequest\x1a).csi_vduse.storage.v1.ExpandImageResponse\x12\x62\n\x0b\x44\x65leteImage\x12(.csi_vduse.storage.v1.DeleteImageRequest\x1a).csi_vduse.storage.v1.DeleteImageResponse\x12Y\n\x08GetImage\x12%.csi_vduse.storage.v1.GetImageRequest\x1a&.csi_vduse.storage.v1.GetImageResponse\x12q\n\x10ListPublications\x12-.csi_vduse.storage.v1.ListPublicationsRequest\x1a..csi_vduse.storage.v1.ListPublicationsResponse\x12R\n\x07Publish\x12$.csi_vduse.storage.v1.PublishRequest\x1a!.csi_vduse.storage.v1.Publication\x12\\\n\tUnpublish\x12&.csi_vduse.storage.v1.UnpublishRequest\x1a\'.csi_vduse.storage.v1.UnpublishResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'storage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEKIND']._serialized_start=1338
-  _globals['_IMAGEKIND']._serialized_end=1397
+  _globals['_IMAGEKIND']._serialized_start=1382
+  _globals['_IMAGEKIND']._serialized_end=1441
   _globals['_STORAGEPROBEREQUEST']._serialized_start=39
   _globals['_STORAGEPROBEREQUEST']._serialized_end=60
   _globals['_STORAGEPROBERESPONSE']._serialized_start=62
@@ -59,22 +59,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEIMAGERESPONSE']._serialized_end=743
   _globals['_GETIMAGEREQUEST']._serialized_start=745
   _globals['_GETIMAGEREQUEST']._serialized_end=821
-  _globals['_GETIMAGERESPONSE']._serialized_start=823
-  _globals['_GETIMAGERESPONSE']._serialized_end=918
-  _globals['_LISTPUBLICATIONSREQUEST']._serialized_start=920
-  _globals['_LISTPUBLICATIONSREQUEST']._serialized_end=964
-  _globals['_PUBLISHEDVOLUME']._serialized_start=966
-  _globals['_PUBLISHEDVOLUME']._serialized_end=1020
-  _globals['_LISTPUBLICATIONSRESPONSE']._serialized_start=1022
-  _globals['_LISTPUBLICATIONSRESPONSE']._serialized_end=1104
-  _globals['_PUBLISHREQUEST']._serialized_start=1106
-  _globals['_PUBLISHREQUEST']._serialized_end=1193
-  _globals['_PUBLICATION']._serialized_start=1195
-  _globals['_PUBLICATION']._serialized_end=1259
-  _globals['_UNPUBLISHREQUEST']._serialized_start=1261
-  _globals['_UNPUBLISHREQUEST']._serialized_end=1315
-  _globals['_UNPUBLISHRESPONSE']._serialized_start=1317
-  _globals['_UNPUBLISHRESPONSE']._serialized_end=1336
-  _globals['_STORAGE']._serialized_start=1400
-  _globals['_STORAGE']._serialized_end=2376
+  _globals['_GETIMAGERESPONSE']._serialized_start=824
+  _globals['_GETIMAGERESPONSE']._serialized_end=962
+  _globals['_LISTPUBLICATIONSREQUEST']._serialized_start=964
+  _globals['_LISTPUBLICATIONSREQUEST']._serialized_end=1008
+  _globals['_PUBLISHEDVOLUME']._serialized_start=1010
+  _globals['_PUBLISHEDVOLUME']._serialized_end=1064
+  _globals['_LISTPUBLICATIONSRESPONSE']._serialized_start=1066
+  _globals['_LISTPUBLICATIONSRESPONSE']._serialized_end=1148
+  _globals['_PUBLISHREQUEST']._serialized_start=1150
+  _globals['_PUBLISHREQUEST']._serialized_end=1237
+  _globals['_PUBLICATION']._serialized_start=1239
+  _globals['_PUBLICATION']._serialized_end=1303
+  _globals['_UNPUBLISHREQUEST']._serialized_start=1305
+  _globals['_UNPUBLISHREQUEST']._serialized_end=1359
+  _globals['_UNPUBLISHRESPONSE']._serialized_start=1361
+  _globals['_UNPUBLISHRESPONSE']._serialized_end=1380
+  _globals['_STORAGE']._serialized_start=1444
+  _globals['_STORAGE']._serialized_end=2420
 # @@protoc_insertion_point(module_scope)

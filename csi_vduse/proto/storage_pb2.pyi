@@ -171,7 +171,7 @@ class CopyImageRequest(_message.Message):
     size_bytes: _builtins.int
     """of the target, at least the source's"""
     timeout_s: _builtins.float
-    """after this the copy is given up and nothing is left"""
+    """of a copy that this call starts: when it does not get on after this, it is given up"""
     def __init__(
         self,
         *,
@@ -314,12 +314,17 @@ class GetImageResponse(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     found: _builtins.bool
     """the rest counts only then"""
     size_bytes: _builtins.int
     allocated_bytes: _builtins.int
     problem: _builtins.str
     """empty: nothing is wrong"""
+    copied_bytes: _builtins.int
+    """instead, of a copy that is being made to it: about, of total_bytes"""
+    total_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -327,10 +332,12 @@ class GetImageResponse(_message.Message):
         size_bytes: _builtins.int = ...,
         allocated_bytes: _builtins.int = ...,
         problem: _builtins.str = ...,
+        copied_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_bytes", b"allocated_bytes", "found", b"found", "problem", b"problem", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_bytes", b"allocated_bytes", "copied_bytes", b"copied_bytes", "found", b"found", "problem", b"problem", "size_bytes", b"size_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

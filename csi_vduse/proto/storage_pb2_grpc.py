@@ -110,7 +110,8 @@ class StorageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CopyImage(self, request, context):
-        """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use.
+        """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use. The copy is a job that
+        goes on if its caller does not: the same again joins it, or returns the moment of the image that it has made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +125,7 @@ class StorageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteImage(self, request, context):
-        """OK if it is gone. FAILED_PRECONDITION while it is published.
+        """OK if it is gone; ends a copy that makes it. FAILED_PRECONDITION while it is published.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

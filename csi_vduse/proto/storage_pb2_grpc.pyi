@@ -39,11 +39,13 @@ class StorageStub:
     CreateVolume: _grpc.UnaryUnaryMultiCallable[_storage_pb2.CreateImageRequest, _storage_pb2.CreateImageResponse]
     """Makes a volume that reads as zeros. OK if it is there."""
     CopyImage: _grpc.UnaryUnaryMultiCallable[_storage_pb2.CopyImageRequest, _storage_pb2.CopyImageResponse]
-    """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use."""
+    """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use. The copy is a job that
+    goes on if its caller does not: the same again joins it, or returns the moment of the image that it has made.
+    """
     ExpandVolume: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ExpandImageRequest, _storage_pb2.ExpandImageResponse]
     """Grows a volume. OK if it is that large. Its nodes are cut off for a moment and come back."""
     DeleteImage: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DeleteImageRequest, _storage_pb2.DeleteImageResponse]
-    """OK if it is gone. FAILED_PRECONDITION while it is published."""
+    """OK if it is gone; ends a copy that makes it. FAILED_PRECONDITION while it is published."""
     GetImage: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetImageRequest, _storage_pb2.GetImageResponse]
     ListPublications: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ListPublicationsRequest, _storage_pb2.ListPublicationsResponse]
     """All volumes that are published, and where."""
@@ -63,11 +65,13 @@ class StorageAsyncStub(StorageStub):
     CreateVolume: _aio.UnaryUnaryMultiCallable[_storage_pb2.CreateImageRequest, _storage_pb2.CreateImageResponse]  # type: ignore[assignment]
     """Makes a volume that reads as zeros. OK if it is there."""
     CopyImage: _aio.UnaryUnaryMultiCallable[_storage_pb2.CopyImageRequest, _storage_pb2.CopyImageResponse]  # type: ignore[assignment]
-    """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use."""
+    """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use. The copy is a job that
+    goes on if its caller does not: the same again joins it, or returns the moment of the image that it has made.
+    """
     ExpandVolume: _aio.UnaryUnaryMultiCallable[_storage_pb2.ExpandImageRequest, _storage_pb2.ExpandImageResponse]  # type: ignore[assignment]
     """Grows a volume. OK if it is that large. Its nodes are cut off for a moment and come back."""
     DeleteImage: _aio.UnaryUnaryMultiCallable[_storage_pb2.DeleteImageRequest, _storage_pb2.DeleteImageResponse]  # type: ignore[assignment]
-    """OK if it is gone. FAILED_PRECONDITION while it is published."""
+    """OK if it is gone; ends a copy that makes it. FAILED_PRECONDITION while it is published."""
     GetImage: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetImageRequest, _storage_pb2.GetImageResponse]  # type: ignore[assignment]
     ListPublications: _aio.UnaryUnaryMultiCallable[_storage_pb2.ListPublicationsRequest, _storage_pb2.ListPublicationsResponse]  # type: ignore[assignment]
     """All volumes that are published, and where."""
@@ -108,7 +112,9 @@ class StorageServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.CopyImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.CopyImageResponse, _abc.Awaitable[_storage_pb2.CopyImageResponse]]:
-        """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use."""
+        """Makes a volume or snapshot from another one, as it is at one moment; the source may be in use. The copy is a job that
+        goes on if its caller does not: the same again joins it, or returns the moment of the image that it has made.
+        """
 
     @_abc_1.abstractmethod
     def ExpandVolume(
@@ -124,7 +130,7 @@ class StorageServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.DeleteImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.DeleteImageResponse, _abc.Awaitable[_storage_pb2.DeleteImageResponse]]:
-        """OK if it is gone. FAILED_PRECONDITION while it is published."""
+        """OK if it is gone; ends a copy that makes it. FAILED_PRECONDITION while it is published."""
 
     @_abc_1.abstractmethod
     def GetImage(

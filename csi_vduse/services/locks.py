@@ -1,8 +1,11 @@
 """One call at a time for each volume and snapshot, as a wrapper around the whole server.
 
 A call that meets another one for the same object is answered ABORTED at once (CSI, "Concurrency"): it neither
-waits nor runs beside it. Objects are locked by id, so a create and a delete of one volume meet too. A
-snapshot that is only read (restored from) can be shared; a volume cannot, since cloning holds it still.
+waits nor runs beside it. Objects are locked by id, so a create and a delete of one volume meet too.
+
+A copy can take hours, so it excludes no more than it must: what it reads is shared, and neither goes nor grows
+meanwhile; that volume can be staged, published and modified. Only a copy during which nobody may attach or detach the
+volume locks it too, and that is known where the copy is made (copies.py).
 
 A call that has begun is carried to its end even if its caller goes away, with the lock held: half a format
 or half an undo is worse than a late answer. The caller's retry is ABORTED meanwhile and then finds the work
@@ -14,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +64,15 @@ class LockTable:
         self._shared.subtract(keys.shared)
         self._shared += Counter()  # drops zeros
 
+    @contextmanager
+    def having(self, keys: Keys) -> Iterator[None]:
+        """Have what `acquire` takes while the body runs."""
+        self.acquire(keys)
+        try:
+            yield
+        finally:
+            self.release(keys)
+
     @property
     def held(self) -> Collection[str]:
         """What is locked now."""
@@ -75,24 +88,40 @@ def keys_of(method: str, request: Any) -> Keys | None:
     """
     if method == "CreateVolume":
         source = request.volume_content_source
-        exclusive = {volume_id(request.name) if request.name else "", source.volume.volume_id}
-        return _keys(exclusive, {source.snapshot.snapshot_id})
+        return creation(
+            volume_id(request.name) if request.name else "",
+            of_volume=source.volume.volume_id,
+            of_snapshot=source.snapshot.snapshot_id,
+        )
     if method == "CreateSnapshot":
-        return _keys({snapshot_id(request.name) if request.name else "", request.source_volume_id})
+        return creation(snapshot_id(request.name) if request.name else "", of_volume=request.source_volume_id)
     if method == "DeleteSnapshot":
         return _keys({request.snapshot_id})
     if method in _ONE_VOLUME:
-        return _keys({request.volume_id})
+        return change(request.volume_id) if method in _IMAGE else _keys({request.volume_id})
     if method in _PUBLICATION:
         # Not the volume: a copy of it, which can take long, must not delay a fence.
         return _keys({f"publication of {request.volume_id}" if request.volume_id else ""})
     return None
 
 
-_ONE_VOLUME = frozenset(
+def creation(new: str, *, of_volume: str = "", of_snapshot: str = "") -> Keys:
+    """Return what making a volume or snapshot locks, with what it is filled from; empty ids stand for nothing."""
+    return _keys({new, _image(new)}, {_image(of_volume), of_snapshot})
+
+
+def change(volume_id: str) -> Keys:
+    """Return what a volume's deletion and growth lock: copies read it as it is."""
+    return _keys({volume_id, _image(volume_id)})
+
+
+def _image(of: str) -> str:
+    return f"image of {of}" if of else ""
+
+
+_IMAGE = frozenset({"DeleteVolume", "ControllerExpandVolume"})
+_ONE_VOLUME = _IMAGE | frozenset(
     {
-        "DeleteVolume",
-        "ControllerExpandVolume",
         "ControllerModifyVolume",
         "NodeStageVolume",
         "NodeUnstageVolume",

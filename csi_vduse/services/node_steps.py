@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from csi_vduse.kube.resources import Object, is_going
+from csi_vduse.kube.resources import SNAPSHOTS, Object, Resource, is_going
 from csi_vduse.volumes import kubernetes_objects as objects
 from csi_vduse.volumes.model import State
 
@@ -49,6 +49,11 @@ def snapshot_step(found: Object | None, node: str) -> Step:
     if found is None or found["spec"].get("nodeName", "") != node:
         return Step.NOTHING
     return _begun(found) or Step.NOTHING
+
+
+def is_copy(resource: Resource, found: Object, step: Step) -> bool:
+    """Tell whether a step moves the bytes of another object, which may take hours."""
+    return step is Step.CREATE and (resource is SNAPSHOTS or bool(found["spec"].get("source")))
 
 
 def _begun(found: Object) -> Step | None:

@@ -5,6 +5,7 @@ Keeps true: one act at a time for each object, and none while a CSI call for it 
 every object is looked at again after a change, after an error, and every RESYNC_S; after an error not before
 its time, unless something else is wanted: what an attempt writes changes the object too. What cannot be done is
 said in the object's status. Nothing here ends the process: an API that is away is waited for.
+A copy may take hours: it is not counted among the acts that run at once, and ends when its object is deleted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from csi_vduse.kube.api import ApiServer, Conflict
 from csi_vduse.kube.mirror import Mirror
 from csi_vduse.kube.resources import SNAPSHOTS, VOLUMES, Object, Resource, is_going, name_of
 from csi_vduse.services.agent_port import Attachments
-from csi_vduse.services.locks import Keys, LockTable
-from csi_vduse.services.node_steps import Step, snapshot_step, volume_step
+from csi_vduse.services.copies import Copies
+from csi_vduse.services.locks import Keys, LockTable, change, creation
+from csi_vduse.services.node_steps import Step, is_copy, snapshot_step, volume_step
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.snapshotting import Snapshotter
 from csi_vduse.services.validation import CreateSnapshot, CreateVolume, ExpandVolume
@@ -33,7 +35,9 @@ from csi_vduse.volumes.registry_kubernetes import KubernetesRegistry
 from csi_vduse.volumes.sizes import CapacityRange
 
 RESYNC_S = 60.0
-_WORKERS = 4
+# Acts at once; copies are bounded elsewhere (copies.py), and hold up nothing here.
+_SLOTS = 4
+_PROGRESS_PERIOD_S = 10.0
 _FIRST_DELAY_S = 1.0
 _MAX_DELAY_S = 30.0
 # Errors that another try can mend without anybody changing anything.
@@ -54,6 +58,7 @@ class NodeWork:
         provisioner: acts on volumes.
         snapshotter: acts on snapshots.
         agent: knows what is attached.
+        copies: tells how far they are.
         locks: shared with the CSI calls.
     """
 
@@ -68,6 +73,7 @@ class NodeWork:
         provisioner: Provisioner,
         snapshotter: Snapshotter,
         agent: Attachments,
+        copies: Copies,
         locks: LockTable,
     ) -> None:
         self._node = node
@@ -77,10 +83,13 @@ class NodeWork:
         self._provisioner = provisioner
         self._snapshotter = snapshotter
         self._agent = agent
+        self._copies = copies
         self._locks = locks
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
+        self._slots = asyncio.Semaphore(_SLOTS)
         self._running: set[Key] = set()
+        self._copying: dict[Key, asyncio.Task[None]] = {}
         self._again: set[Key] = set()
         self._delays_s: dict[Key, float] = {}
         self._retries: dict[Key, asyncio.TimerHandle] = {}
@@ -91,9 +100,16 @@ class NodeWork:
     async def run(self) -> None:
         """Work until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(_WORKERS):
-                group.create_task(self._work())
             group.create_task(self._resync())
+            while True:
+                key = await self._queue.get()
+                self._queued.discard(key)
+                if key in self._running:  # it changed while we work on it: look again afterwards
+                    self._again.add(key)
+                    self._end_unwanted_copy(key)
+                elif self._is_due(key):
+                    self._running.add(key)
+                    group.create_task(self._turn(key))
 
     async def _resync(self) -> None:
         while True:
@@ -102,58 +118,94 @@ class NodeWork:
                 for found in mirror.all():
                     self._enqueue((resource, name_of(found)))
 
-    async def _work(self) -> None:
-        while True:
-            key = await self._queue.get()
-            self._queued.discard(key)
-            if key in self._running:  # it changed while another of us works on it: look again afterwards
-                self._again.add(key)
-                continue
-            if not self._is_due(key):
-                continue
-            self._running.add(key)
-            resource, name = key
-            with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
-                try:
-                    await self._look_and_act(resource, name)
-                    self._delays_s.pop(key, None)
-                    self._tried.pop(key, None)
-                except _TRANSIENT as error:
-                    self._retry(key, error)
-                except VduseError as error:
-                    # Not even the status could be written; the next resync comes anyway.
-                    log.get().error("an object could not be worked on", error=str(error))
-                    self._retry(key, error)
-                except Exception:  # noqa: BLE001 - one object must not stop the work on the others
-                    log.get().exception("unexpected error")
-                    self._retry(key, None)
-                finally:
-                    self._running.discard(key)
-            if key in self._again:
-                self._again.discard(key)
-                self._enqueue(key)
+    async def _turn(self, key: Key) -> None:
+        """Work on one object, as far as it can be done now."""
+        resource, name = key
+        with structlog.contextvars.bound_contextvars(kind=resource.kind, object=name):
+            try:
+                await self._look_and_act(key)
+                self._delays_s.pop(key, None)
+                self._tried.pop(key, None)
+            except _TRANSIENT as error:
+                self._retry(key, error)
+            except VduseError as error:
+                # Not even the status could be written; the next resync comes anyway.
+                log.get().error("an object could not be worked on", error=str(error))
+                self._retry(key, error)
+            except Exception:  # noqa: BLE001 - one object must not stop the work on the others
+                log.get().exception("unexpected error")
+                self._retry(key, None)
+            finally:
+                self._running.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self._enqueue(key)
 
-    async def _look_and_act(self, resource: Resource, name: str) -> None:
-        found = await self._api.get(resource, name)
-        self._tried[resource, name] = _circumstances(found)
-        decide = volume_step if resource is VOLUMES else snapshot_step
-        step = decide(found, self._node)
-        if found is None or step is Step.NOTHING:
-            return
-        keys = lock_keys(resource, found)
-        self._locks.acquire(keys)
+    async def _look_and_act(self, key: Key) -> None:
+        resource, name = key
+        async with self._slots:
+            found = await self._api.get(resource, name)
+            self._tried[key] = _circumstances(found)
+            decide = volume_step if resource is VOLUMES else snapshot_step
+            step = decide(found, self._node)
+            if found is None or step is Step.NOTHING:
+                return
+            if not is_copy(resource, found, step):
+                await self._take(resource, found, step)
+                return
+        self._copying[key] = asyncio.create_task(self._take(resource, found, step))
+        self._end_unwanted_copy(key)  # the mirror may have heard of a deletion before we looked
         try:
-            await self._act(resource, found, step)
-        except VduseError as error:
-            await self._report(resource, found, step, error)
-            if isinstance(error, _TRANSIENT) or step is Step.DELETE:
-                raise
-            return
+            await self._watch(key, self._copying[key])
         finally:
-            self._locks.release(keys)
+            del self._copying[key]
+
+    async def _watch(self, key: Key, copying: asyncio.Task[None]) -> None:
+        """Await a copy and tell how far it is; one that was ended because nobody wants it is no error."""
+        try:
+            while not (await asyncio.wait({copying}, timeout=_PROGRESS_PERIOD_S))[0]:
+                await self._tell_progress(key)
+        except asyncio.CancelledError:  # we are to end ourselves
+            copying.cancel()
+            await asyncio.wait({copying})
+            raise
+        with suppress(asyncio.CancelledError):
+            await copying
+
+    async def _tell_progress(self, key: Key) -> None:
+        resource, name = key
+        copied_bytes, total_bytes = self._copies.progress(name)
+        if not total_bytes:
+            return
+        try:
+            await self._registry.update_status(
+                resource,
+                name,
+                lambda now: objects.with_progress(now.get("status", {}), copied_bytes, total_bytes),
+            )
+        except VduseError as error:
+            log.get().warning("how far a copy is could not be told", error=str(error))
+
+    def _end_unwanted_copy(self, key: Key) -> None:
+        resource, name = key
+        found = self._mirrors[resource].get(name)
+        if key in self._copying and (found is None or is_going(found)):
+            log.get().info("nobody wants this copy any more", kind=resource.kind, object=name)
+            self._copying[key].cancel()
+
+    async def _take(self, resource: Resource, found: Object, step: Step) -> None:
+        """Take one step and record how it ended."""
+        with self._locks.having(lock_keys(resource, found, step)):
+            try:
+                await self._act(resource, found, step)
+            except VduseError as error:
+                await self._report(resource, found, step, error)
+                if isinstance(error, _TRANSIENT) or step is Step.DELETE:
+                    raise
+                return
         # Not under the lock: a volume that is ready is wanted at once, and its stage must not meet us.
         await self._mark(resource, found, step)
-        self._enqueue((resource, name))  # there may be another step
+        self._enqueue((resource, name_of(found)))  # there may be another step
 
     async def _act(self, resource: Resource, found: Object, step: Step) -> None:
         name = name_of(found)
@@ -196,7 +248,7 @@ class NodeWork:
 
         def status(now: Object) -> Object:
             failed = {"state": objects.FAILED} if step is Step.CREATE and not retrying else {}
-            return {**now.get("status", {}), **failed, "error": said}
+            return {**objects.without_progress(now.get("status", {})), **failed, "error": said}
 
         with suppress(NotFound):
             await self._registry.update_status(resource, name_of(found), status)
@@ -259,14 +311,14 @@ def create_request(found: Object) -> CreateVolume:
     )
 
 
-def lock_keys(resource: Resource, found: Object) -> Keys:
-    """Return what work on an object excludes, as locks.keys_of does for the CSI call of the same kind."""
+def lock_keys(resource: Resource, found: Object, step: Step) -> Keys:
+    """Return what a step excludes, as locks.keys_of does for the CSI call of the same kind."""
     name, spec = name_of(found), found["spec"]
-    if resource is SNAPSHOTS:
-        return Keys(frozenset({name, spec["sourceVolumeId"]}))
-    source = spec.get("source")
-    if not source:
-        return Keys(frozenset({name}))
-    if source["kind"] == SourceKind.VOLUME.value:
-        return Keys(frozenset({name, source["id"]}))
-    return Keys(frozenset({name}), frozenset({source["id"]}))
+    if step is Step.CREATE:
+        source = spec.get("source") or {}
+        if resource is SNAPSHOTS:
+            source = {"kind": SourceKind.VOLUME.value, "id": spec["sourceVolumeId"]}
+        return creation(name, **{f"of_{source['kind']}": source["id"]} if source else {})
+    if resource is VOLUMES and step in {Step.DELETE, Step.EXPAND}:
+        return change(name)
+    return Keys(frozenset({name}))

@@ -6,6 +6,8 @@ Used where the pool is (provisioning.py) and where it is not (remote.py), so tha
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import TypeVar
 
 from csi_vduse.errors import AlreadyExists, InvalidArgument, OutOfRange
 from csi_vduse.services.validation import CreateVolume, ExpandVolume
@@ -13,6 +15,8 @@ from csi_vduse.volumes import sizes
 from csi_vduse.volumes.model import FilesystemState, Snapshot, State, Volume, record_of_copy
 from csi_vduse.volumes.policy import Use, is_shared, objection
 from csi_vduse.volumes.topology import Segments, satisfies
+
+Copied = TypeVar("Copied", Volume, Snapshot)
 
 
 def new_volume(
@@ -110,6 +114,19 @@ def require_same(
             f"volume {request.name!r} exists and differs: {text}",
             hint="use another name, or delete it first",
         )
+
+
+def is_same_begun(existing: Copied, planned: Copied) -> bool:
+    """Tell whether an unfinished volume or snapshot is what is planned now, so that a copy under way is the right one.
+
+    What its record says of the content was read before the copy was begun, and stays.
+    """
+    return existing == replace(
+        planned,
+        created_at_ns=existing.created_at_ns,
+        filesystem=existing.filesystem,
+        node=existing.node,
+    )
 
 
 def grown_bytes(volume: Volume, request: ExpandVolume) -> int:

@@ -41,7 +41,7 @@ class PoolWork:
         self.reservations = Reservations(self.registry)
         self._snapshots = Mirror(api, SNAPSHOTS, selector(place))
         self._pools = pools
-        copies, segments = Copies(agent), node_segments(place)
+        copies, segments = Copies(agent, locks), node_segments(place)
         self._work = NodeWork(
             node=place,
             api=api,
@@ -64,6 +64,7 @@ class PoolWork:
                 segments=segments,
             ),
             agent=agent,
+            copies=copies,
             locks=locks,
         )
 

@@ -2,7 +2,8 @@
 
 Invariants, at every point where we may die:
 - the record is there before the image and goes after it, so nothing exists without a record;
-- a `creating` volume has never been answered to anybody: the next create discards it and starts over;
+- a `creating` volume has never been answered to anybody: the next create discards it and starts over, or goes on
+  with it, if it is what is asked for and its pool keeps copies (a change of who works throws no copy away);
 - a `deleting` volume is finished by the next call for it, or by `reconcile` at the next start.
 The caller holds the locks of the volume and of its source (locks.py).
 """
@@ -27,9 +28,10 @@ from csi_vduse.errors import (
     VduseError,
 )
 from csi_vduse.services.agent_port import Attachments
-from csi_vduse.services.copies import Copies
+from csi_vduse.services.copies import Copies, goes_on
 from csi_vduse.services.planning import (
     grown_bytes,
+    is_same_begun,
     mismatch,
     new_volume,
     require_same,
@@ -103,24 +105,16 @@ class Provisioner:
         if existing is not None and existing.state is State.READY:
             require_same(existing, request, default_pool=self._pools.default_name(), segments=self._segments)
             return existing
-        if existing is not None:
-            await self._discard(existing)
-        volume, source = await self._plan(volume_id, request)
+        volume, source = await self._begin(volume_id, request, existing)
         backend = self._pools.named(volume.pool)
-        if await backend.has_volume(volume_id):
-            raise FailedPrecondition(
-                f"pool {volume.pool!r} holds an image of {volume_id} that no record knows of",
-                hint="the state directory was lost or replaced; restore it, or move the image away",
-            )
-        await self._reservations.reserve(
-            backend, volume.capacity_bytes, lambda: self._registry.put_volume(volume)
-        )
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._discard_quietly, volume)
+        try:
             await self._fill(backend, volume, source)
             ready = replace(volume, state=State.READY)
             await self._registry.put_volume(ready)
-            undo.pop_all()
+        except BaseException as error:
+            if source is None or not goes_on(backend, error):
+                await self._discard_quietly(volume)
+            raise
         return ready
 
     async def delete(self, volume_id: str) -> None:
@@ -191,6 +185,33 @@ class Provisioner:
         """Say why a volume cannot be used so, or nothing if it can."""
         return mismatch(volume, uses)
 
+    async def _begin(
+        self, volume_id: str, request: CreateVolume, existing: Volume | None
+    ) -> tuple[Volume, Volume | Snapshot | None]:
+        """Record what is to be made, or return the record of what was begun and can be gone on with."""
+        try:
+            volume, source = await self._plan(volume_id, request)
+        except Unavailable:  # of a copy that may go on nobody knows better
+            raise
+        except VduseError:
+            if existing is not None:
+                await self._discard(existing)
+            raise
+        backend = self._pools.named(volume.pool)
+        if existing is not None:
+            if backend.keeps_copies and source is not None and is_same_begun(existing, volume):
+                return existing, source
+            await self._discard(existing)
+        if await backend.has_volume(volume_id):
+            raise FailedPrecondition(
+                f"pool {volume.pool!r} holds an image of {volume_id} that no record knows of",
+                hint="the state directory was lost or replaced; restore it, or move the image away",
+            )
+        await self._reservations.reserve(
+            backend, volume.capacity_bytes, lambda: self._registry.put_volume(volume)
+        )
+        return volume, source
+
     async def _plan(self, volume_id: str, request: CreateVolume) -> tuple[Volume, Volume | Snapshot | None]:
         """Decide what the new volume is to be."""
         source = await self._source(request)
@@ -224,11 +245,17 @@ class Provisioner:
                 await backend.create(volume)
             case Volume():
                 await self._copies.of_volume(
-                    backend, source, lambda until_s: backend.clone(source, volume, until_s=until_s)
+                    backend,
+                    source,
+                    volume.id,
+                    lambda copying: backend.clone(source, volume, copying=copying),
                 )
             case Snapshot():
                 await self._copies.of_snapshot(
-                    backend, source, lambda until_s: backend.restore(source, volume, until_s=until_s)
+                    backend,
+                    source,
+                    volume.id,
+                    lambda copying: backend.restore(source, volume, copying=copying),
                 )
 
     async def _set_size(self, volume_id: str, capacity_bytes: int, expanding_to_bytes: int) -> Volume:

@@ -6,17 +6,17 @@ A snapshot is an independent copy (with shared blocks where the file system can)
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from csi_vduse import log
 from csi_vduse.backends.pools import Pools
-from csi_vduse.errors import AlreadyExists, NotFound, ResourceExhausted, VduseError
-from csi_vduse.services.copies import Copies
+from csi_vduse.errors import AlreadyExists, NotFound, ResourceExhausted, Unavailable, VduseError
+from csi_vduse.services.copies import Copies, goes_on
+from csi_vduse.services.planning import is_same_begun
 from csi_vduse.services.reserving import Reservations
 from csi_vduse.services.validation import CreateSnapshot
 from csi_vduse.volumes.ids import snapshot_id as snapshot_id_of
-from csi_vduse.volumes.model import Snapshot, State, record_of_copy
+from csi_vduse.volumes.model import Snapshot, State, Volume, record_of_copy
 from csi_vduse.volumes.policy import is_shared
 from csi_vduse.volumes.registry import Registry
 from csi_vduse.volumes.topology import Segments, satisfies
@@ -70,8 +70,47 @@ class Snapshotter:
                     hint="use another name, or delete it first",
                 )
             return existing
+        snapshot, volume = await self._begin(snapshot_id, request, existing)
+        backend = self._pools.holding(volume.pool)
+        try:
+            cut_ns = await self._copies.of_volume(
+                backend,
+                volume,
+                snapshot_id,
+                lambda copying: backend.snapshot(volume, snapshot, copying=copying),
+            )
+            ready = replace(snapshot, state=State.READY, created_at_ns=cut_ns)
+            await self._registry.put_snapshot(ready)
+        except BaseException as error:
+            if not goes_on(backend, error):
+                await self._discard_quietly(snapshot)
+            raise
+        return ready
+
+    async def _begin(
+        self, snapshot_id: str, request: CreateSnapshot, existing: Snapshot | None
+    ) -> tuple[Snapshot, Volume]:
+        """Record what is to be cut, or return the record of what was begun and can be gone on with."""
+        try:
+            snapshot, volume = await self._plan(snapshot_id, request)
+        except Unavailable:  # of a copy that may go on nobody knows better
+            raise
+        except VduseError:
+            if existing is not None:
+                await self._discard(existing)
+            raise
+        backend = self._pools.holding(volume.pool)
         if existing is not None:
+            if backend.keeps_copies and is_same_begun(existing, snapshot):
+                return existing, volume
             await self._discard(existing)
+        await self._reservations.reserve(
+            backend, await backend.allocated_bytes(volume), lambda: self._registry.put_snapshot(snapshot)
+        )
+        return snapshot, volume
+
+    async def _plan(self, snapshot_id: str, request: CreateSnapshot) -> tuple[Snapshot, Volume]:
+        """Decide what the new snapshot is to be."""
         volume = await self._registry.get_volume(request.source_volume_id)
         if volume is None or volume.state is not State.READY:
             raise NotFound(f"volume {request.source_volume_id!r} does not exist")
@@ -79,7 +118,6 @@ class Snapshotter:
             raise ResourceExhausted(
                 f"a snapshot here can be used at {dict(self._segments)} only, which the request excludes"
             )
-        backend = self._pools.holding(volume.pool)
         snapshot = Snapshot(
             id=snapshot_id,
             name=request.name,
@@ -91,18 +129,7 @@ class Snapshotter:
             filesystem=record_of_copy(volume.filesystem),
             block_size_bytes=volume.parameters.block_size_bytes,
         )
-        await self._reservations.reserve(
-            backend, await backend.allocated_bytes(volume), lambda: self._registry.put_snapshot(snapshot)
-        )
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._discard_quietly, snapshot)
-            cut_ns = await self._copies.of_volume(
-                backend, volume, lambda until_s: backend.snapshot(volume, snapshot, until_s=until_s)
-            )
-            ready = replace(snapshot, state=State.READY, created_at_ns=cut_ns)
-            await self._registry.put_snapshot(ready)
-            undo.pop_all()
-        return ready
+        return snapshot, volume
 
     async def delete(self, snapshot_id: str) -> None:
         """Remove a snapshot; fine if there is none. Volumes restored from it stay."""

@@ -21,6 +21,7 @@ from csi_vduse.services.copies import Copies
 from csi_vduse.services.foreign import foreign_volumes
 from csi_vduse.services.identity import Identity
 from csi_vduse.services.interceptors import Observe
+from csi_vduse.services.locks import LockTable
 from csi_vduse.services.node import Node
 from csi_vduse.services.places import LocalPlaces
 from csi_vduse.services.provisioning import Provisioner
@@ -64,7 +65,8 @@ async def serving(
         pools = open_pools(config.pools, config.state_dir)
         stack.callback(pools.close)
         foreign = stack.enter_context(foreign_volumes(config.state_dir))
-        controller = await _start_controller(config, registry, pools, agent)
+        locks = LockTable()
+        controller = await _start_controller(config, registry, pools, agent, locks)
         node = make_node(
             NodeContext(
                 node_id=config.node_id,
@@ -82,18 +84,19 @@ async def serving(
                 partial(csi_pb2_grpc.add_NodeServicer_to_server, node),
             ],
             observe=observe,
+            table=locks,
         )
         stack.push_async_callback(server.stop)
         yield
 
 
 async def _start_controller(
-    config: StandaloneConfig, registry: Registry, pools: Pools, agent: ControllerAgent
+    config: StandaloneConfig, registry: Registry, pools: Pools, agent: ControllerAgent, locks: LockTable
 ) -> Controller:
     """Make the controller, and finish what an earlier process left before it takes calls."""
     segments = node_segments(config.node_id)
     reservations = Reservations(registry)
-    copies = Copies(agent)
+    copies = Copies(agent, locks)
     provisioner = Provisioner(
         registry=registry,
         pools=pools,

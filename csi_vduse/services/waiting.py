@@ -21,7 +21,7 @@ async def wait_settled(mirror: Mirror, name: str, what: str) -> Object:
     """Wait until a new object is ready, failed, or on its way out.
 
     Raises:
-        DeadlineExceeded: with what the node last said hinders it.
+        DeadlineExceeded: with what the node last said hinders it, or how far it is.
     """
 
     def settled(found: Object | None) -> bool:
@@ -30,7 +30,9 @@ async def wait_settled(mirror: Mirror, name: str, what: str) -> Object:
     try:
         found = await mirror.wait_for(name, settled, timeout_s=WAIT_S, what=what)
     except DeadlineExceeded as error:
-        said = ((mirror.get(name) or {}).get("status") or {}).get("error", {}).get("message", "")
+        status = (mirror.get(name) or {}).get("status") or {}
+        copied = f"{status['copied']} is copied" if "copied" in status else ""
+        said = status.get("error", {}).get("message", "") or copied
         if said:
             raise DeadlineExceeded(f"{error.message}: {said}", hint=error.hint) from error
         raise

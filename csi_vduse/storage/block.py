@@ -14,11 +14,14 @@ Facts this rests on (QEMU 7.2, qapi/block-export.json and block-core.json; tests
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qemu.qmp import EventListener
 
 from csi_vduse.errors import DataLoss, DeadlineExceeded, Unavailable, VduseError
 from csi_vduse.storage.model import Format
@@ -28,6 +31,8 @@ from csi_vduse.storage.qmp import Qmp, QmpRefused, is_refusal
 DRAIN_TIMEOUT_S = 45.0
 _OPEN_TIMEOUT_S = 60.0
 _CANCEL_TIMEOUT_S = 30.0
+# A copy that takes longer than was reckoned goes on for as long as it gets on within this.
+_STALL_S = 60.0
 # Ways to reach a file, best first: not every file system knows O_DIRECT, not every sandbox io_uring.
 _ACCESS: tuple[dict[str, Any], ...] = (
     {"aio": "io_uring", "cache": {"direct": True}},
@@ -201,7 +206,8 @@ class Block:
         """Copy an open image onto a blank one of the same size, as it is when this returns.
 
         Raises:
-            DeadlineExceeded: time.monotonic() until_s came first; the target's content is worthless.
+            DeadlineExceeded: time.monotonic() until_s came first, and the copy stands still; the target's content is
+                worthless.
             DataLoss: the source could not be read, or the target not written.
         """
         job, statuses = target, [""]
@@ -227,8 +233,8 @@ class Block:
             }
             try:
                 await self.qmp.execute("blockdev-mirror", arguments)
-                late = not await self.qmp.wait_for(
-                    changes, is_in("ready", "concluded"), until_s - time.monotonic()
+                late = not await self._wait_while_it_moves(
+                    job, changes, is_in("ready", "concluded"), until_s - time.monotonic()
                 )
                 if late or statuses[-1] == "ready":
                     await self.qmp.execute("block-job-cancel", {"device": job, "force": late})
@@ -239,7 +245,7 @@ class Block:
                 jobs = await self.qmp.execute("query-jobs")
                 failure = next((str(one.get("error", "")) for one in jobs if one["id"] == job), "")
                 await self.qmp.execute("job-dismiss", {"id": job})
-            except Unavailable:
+            except (Unavailable, asyncio.CancelledError):
                 self.lost_copies.add(job)
                 raise
         if late:
@@ -248,6 +254,27 @@ class Block:
             )
         if failure:
             raise DataLoss(f"{source} could not be copied: {failure}", hint="look at the server's disks")
+
+    async def _wait_while_it_moves(
+        self, job: str, changes: EventListener, wanted: Callable[[Mapping[str, Any]], bool], timeout_s: float
+    ) -> bool:
+        """Wait for an event as Qmp.wait_for does, but for as long as the job gets on."""
+        if timeout_s <= 0:
+            return False
+        moved_bytes = -1
+        while not await self.qmp.wait_for(changes, wanted, timeout_s):
+            now_bytes, _ = await self.progress(job)
+            if now_bytes <= moved_bytes:
+                return False
+            moved_bytes, timeout_s = now_bytes, _STALL_S
+        return True
+
+    async def progress(self, target: str) -> tuple[int, int]:
+        """Return how many bytes of how many the copy to a node has moved, about; zeros if there is none."""
+        for one in await self.qmp.execute("query-jobs"):
+            if one["id"] == target:
+                return int(one["current-progress"]), int(one["total-progress"])
+        return 0, 0
 
     async def _make_sure(self, name: str) -> None:
         """Learn whether a node or an export that a command was given up about is there.

@@ -87,8 +87,8 @@ class StorageClient:
         request = storage_pb2.CreateImageRequest(volume_id=volume_id, size_bytes=size_bytes)
         await self._call(self._stub.CreateVolume(request, timeout=_ACT_TIMEOUT_S))
 
-    async def copy(self, source: Key, target: Key, size_bytes: int, *, timeout_s: float) -> None:
-        """Make an image from another one; see StorageServer.copy."""
+    async def copy(self, source: Key, target: Key, size_bytes: int, *, timeout_s: float) -> int:
+        """Make an image from another one, and return the moment of its content; see StorageServer.copy."""
         request = storage_pb2.CopyImageRequest(
             source_kind=_KINDS[source.kind],
             source_id=source.id,
@@ -97,7 +97,7 @@ class StorageClient:
             size_bytes=size_bytes,
             timeout_s=timeout_s,
         )
-        await self._call(self._stub.CopyImage(request, timeout=timeout_s + _COPY_GRACE_S))
+        return (await self._call(self._stub.CopyImage(request, timeout=timeout_s + _COPY_GRACE_S))).cut_at_ns
 
     async def expand(self, volume_id: str, size_bytes: int) -> None:
         """Grow a volume."""
@@ -116,6 +116,12 @@ class StorageClient:
         if not answer.found:
             return None
         return ImageInfo(answer.size_bytes, answer.allocated_bytes, answer.problem)
+
+    async def progress(self, target: Key) -> tuple[int, int]:
+        """Return how many bytes of how many a copy that is being made has, about; zeros if there is none."""
+        request = storage_pb2.GetImageRequest(kind=_KINDS[target.kind], id=target.id)
+        answer = await self._call(self._stub.GetImage(request, timeout=self._ask_timeout_s))
+        return answer.copied_bytes, answer.total_bytes
 
     async def publications(self, volume_id: str = "") -> dict[str, tuple[str, ...]]:
         """Return where each published volume is, or this one alone."""

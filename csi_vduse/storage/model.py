@@ -70,6 +70,8 @@ class Image:
         size_bytes: what a guest sees.
         epoch: of the latest publication; 0 if there was none.
         publications: open ones and those being closed.
+        source: what it is a copy of; None: of nothing, or of what a release recorded that did not record it.
+        cut_at_ns: the moment of a copy's content, since 1970.
     """
 
     key: Key
@@ -77,6 +79,8 @@ class Image:
     size_bytes: int
     epoch: int = 0
     publications: tuple[Publication, ...] = ()
+    source: Key | None = None
+    cut_at_ns: int = 0
 
     def of_node(self, node_id: str) -> Publication | None:
         """Return the node's publication, if it has one."""
@@ -92,6 +96,8 @@ def image_to_json(image: Image) -> dict[str, Any]:
         "size_bytes": image.size_bytes,
         "epoch": image.epoch,
         "publications": [vars(one) for one in image.publications],
+        "source": {"kind": image.source.kind.value, "id": image.source.id} if image.source else None,
+        "cut_at_ns": image.cut_at_ns,
     }
 
 
@@ -102,12 +108,15 @@ def image_from_json(record: dict[str, Any]) -> Image:
         DataLoss: a field is missing or has a value that we never write.
     """
     try:
+        source = record.get("source")
         return Image(
             key=Key(Kind(record["kind"]), str(record["id"])),
             format=Format(record["format"]),
             size_bytes=int(record["size_bytes"]),
             epoch=int(record["epoch"]),
             publications=tuple(Publication(**one) for one in record["publications"]),
+            source=Key(Kind(source["kind"]), str(source["id"])) if source else None,
+            cut_at_ns=int(record.get("cut_at_ns", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataLoss(

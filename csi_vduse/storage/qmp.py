@@ -114,13 +114,14 @@ class Qmp:
             Unavailable: the daemon went away.
         """
         gone = asyncio.create_task(self.gone.wait())
+        event: asyncio.Task[Any] | None = None
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             while (left_s := deadline_s - asyncio.get_running_loop().time()) > 0:
                 event = asyncio.create_task(listener.get())
                 await asyncio.wait({event, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 if event.done():
-                    if wanted(event.result().get("data", {})):  # type: ignore[arg-type]
+                    if wanted(event.result().get("data", {})):
                         return True
                     continue
                 event.cancel()
@@ -129,6 +130,8 @@ class Qmp:
             return False
         finally:
             gone.cancel()
+            if event is not None:
+                event.cancel()
 
     async def close(self) -> None:
         """Let go of the daemon, which goes on."""

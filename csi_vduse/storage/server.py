@@ -3,27 +3,24 @@
 Kept true:
 - An image has a record from the moment it is seen (store.py); who has it is in publications.py.
 - One operation at a time on each image; one that has begun is finished or undone (the caller's end does not
-  stop it, service.py). Only a copy, which can take long, has its source for itself at its begin and its end
-  alone: a volume that is being copied can be published and taken back, so a copy never delays a fence.
+  stop it, service.py). Only a copy, which can take long, is a job of its own, and delays no fence (copying.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from csi_vduse.errors import FailedPrecondition, InvalidArgument, OutOfRange, Pending, VduseError
-from csi_vduse.run import run
+from csi_vduse.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Pending, VduseError
 from csi_vduse.storage.block import Block
 from csi_vduse.storage.config import ServerConfig
+from csi_vduse.storage.copying import CopyJobs
 from csi_vduse.storage.core import Core, close_quietly, node_of
 from csi_vduse.storage.daemon import Daemon
-from csi_vduse.storage.model import Format, Image, Key, Kind
+from csi_vduse.storage.making import make_file, prepared
+from csi_vduse.storage.model import Image, Key, Kind
 from csi_vduse.storage.publications import Publications, Published
 
 _SECTOR_BYTES = 512
@@ -48,6 +45,7 @@ class StorageServer:
     def __init__(self, config: ServerConfig) -> None:
         self._core = Core(config)
         self._publications = Publications(self._core)
+        self._copies = CopyJobs(self._core)
         self._daemon = Daemon(config, self._publications.recover)
 
     @property
@@ -73,6 +71,7 @@ class StorageServer:
                     yield
                 finally:
                     mending.cancel()
+                    await self._copies.close()
             finally:
                 await self._daemon.close()
                 self._core.threads.close()
@@ -91,58 +90,48 @@ class StorageServer:
         return await self._core.disk(self._core.store.usage)
 
     async def create(self, volume_id: str, size_bytes: int) -> None:
-        """Make a volume that reads as zeros; fine if it is there."""
+        """Make a volume that reads as zeros; fine if it is there.
+
+        Raises:
+            AlreadyExists: what is there is a copy of something.
+        """
         key = Key(Kind.VOLUME, volume_id)
         _require_sectors(size_bytes)
         async with self._core.alone(key):
-            if await self._core.disk(self._core.store.find, key) is not None:
+            found = await self._core.disk(self._core.store.find, key)
+            if found is not None and found.source is not None:
+                raise AlreadyExists(
+                    f"{volume_id} is there, and is a copy of {found.source.id}", hint="delete it first"
+                )
+            if found is not None:
                 return
             image = Image(key, self._core.config.image_format, size_bytes)
-            async with self._unfinished(image) as path:
-                await self._make_file(path, image)
+            async with prepared(self._core, image) as path:
+                await make_file(self._core, path, image)
+                await self._core.disk(self._core.store.finish, image, path)
 
     async def copy(self, source: Key, target: Key, size_bytes: int, *, timeout_s: float) -> int:
         """Make an image with the source's content at one moment; return that moment, ns since 1970.
 
-        The source may be in use: its clients do not notice. Fine if the target is there.
+        The source may be in use: its clients do not notice. Asked again the same way, it joins the copy that is under
+        way, or returns the moment of the one that was made: whoever asked first may be gone.
 
         Args:
             source: a volume or snapshot.
             target: becomes an independent image.
             size_bytes: of the target, at least the source's.
-            timeout_s: after this the copy is given up and nothing is left.
+            timeout_s: after this a copy that this call has started, and that does not get on any more, is given up and
+                nothing is left.
 
         Raises:
             NotFound: there is no such source.
             OutOfRange: it is larger than size_bytes.
-            DeadlineExceeded: timeout_s was not enough.
+            AlreadyExists: the target is there and is something else.
+            Pending: the target is being made from something else, or was deleted meanwhile.
+            DeadlineExceeded: timeout_s was not enough, and it stands still.
         """
-        until_s = time.monotonic() + timeout_s
         _require_sectors(size_bytes)
-        async with self._core.alone(target):
-            if await self._core.disk(self._core.store.find, target) is not None:
-                return time.time_ns()
-            found = await self._core.require(source)
-            block = self._core.require_block()
-            async with AsyncExitStack() as undo:
-                await undo.enter_async_context(self._being_copied(block, source))
-                source_bytes = await block.size_bytes(node_of(found))
-                if source_bytes > size_bytes:
-                    raise OutOfRange(
-                        f"{source.id} has {source_bytes} bytes, its copy was to have {size_bytes}"
-                    )
-                image = Image(target, self._core.config.image_format, size_bytes)
-                path = await undo.enter_async_context(self._unfinished(image))
-                await self._make_file(path, replace(image, size_bytes=source_bytes))
-                node = f"t-{secrets.token_hex(8)}"
-                await block.open(node, path, image.format)
-                undo.push_async_callback(close_quietly, block, node)
-                await block.copy(node_of(found), node, until_s=until_s)
-                cut_ns = time.time_ns()
-                if source_bytes != size_bytes:
-                    await block.resize(node, size_bytes)
-                await block.close(node)
-            return cut_ns
+        return await self._copies.copy(source, target, size_bytes, timeout_s=timeout_s)
 
     async def expand(self, volume_id: str, size_bytes: int) -> None:
         """Grow a volume; fine if it is that large. Its clients are cut off for a moment and come back.
@@ -170,11 +159,12 @@ class StorageServer:
             )
 
     async def delete(self, key: Key) -> None:
-        """Remove an image; fine if it is gone.
+        """Remove an image, and end the copy that makes it, if it is one; fine if it is gone.
 
         Raises:
             FailedPrecondition: it is published.
         """
+        await self._copies.end(key)
         async with self._core.alone(key):
             self._refuse_copied(key)
             image = await self._core.disk(self._core.store.find, key)
@@ -195,6 +185,10 @@ class StorageServer:
         except VduseError as error:
             return ImageStatus(image, 0, str(error))
         return ImageStatus(current, await self._core.disk(self._core.store.allocated_bytes, image), "")
+
+    async def progress(self, target: Key) -> tuple[int, int]:
+        """Return how many bytes of how many a copy that is being made has, about; zeros if there is none."""
+        return await self._copies.progress(target)
 
     async def volumes(self) -> list[Image]:
         """Return what the records say of all volumes."""
@@ -217,53 +211,9 @@ class StorageServer:
         if not image.publications:
             undo.push_async_callback(close_quietly, block, node_of(image))
 
-    @asynccontextmanager
-    async def _being_copied(self, block: Block, key: Key) -> AsyncIterator[None]:
-        """Keep a source open while the body copies it, whoever is given it or loses it meanwhile."""
-        async with self._core.alone(key):
-            image = await self._core.require(key)
-            read_only = key.kind is Kind.SNAPSHOT
-            await block.open(
-                node_of(image), self._core.store.image_path(image), image.format, read_only=read_only
-            )
-            self._core.copied[key] += 1
-        try:
-            yield
-        finally:
-            async with self._core.alone(key):
-                self._core.copied[key] -= 1
-                current = await self._core.disk(self._core.store.find, key)
-                if not self._core.copied[key]:
-                    del self._core.copied[key]
-                    if current is not None and not current.publications:
-                        await close_quietly(block, node_of(current))
-
     def _refuse_copied(self, key: Key) -> None:
         if self._core.copied[key]:
             raise Pending(f"{key.id} is being copied", hint="retry when the copy is done")
-
-    @asynccontextmanager
-    async def _unfinished(self, image: Image) -> AsyncIterator[Path]:
-        """Give a path for the image's file; the image appears when the body ends well."""
-        path = await self._core.disk(self._core.store.prepare, image)
-        try:
-            yield path
-            await self._core.disk(self._core.store.finish, image, path)
-        except BaseException:
-            await self._core.disk(self._core.store.discard, path)
-            raise
-
-    async def _make_file(self, path: Path, image: Image) -> None:
-        if image.format is Format.RAW:
-            await self._core.disk(_make_sparse, path, image.size_bytes)
-        else:
-            await run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(image.size_bytes)])
-
-
-def _make_sparse(path: Path, size_bytes: int) -> None:
-    with path.open("xb") as file:
-        path.chmod(0o600)
-        file.truncate(size_bytes)
 
 
 def _require_sectors(size_bytes: int) -> None:

@@ -112,12 +112,13 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
     ) -> storage_pb2.GetImageResponse:
         """See storage.proto."""
 
-        async def act() -> ImageStatus | None:
-            return await self._server.status(_key(request.kind, request.id))
+        async def act() -> tuple[ImageStatus | None, tuple[int, int]]:
+            key = _key(request.kind, request.id)
+            return await self._server.status(key), await self._server.progress(key)
 
-        status = await self._carry("GetImage", request.id, context, act())
+        status, (copied, total) = await self._carry("GetImage", request.id, context, act())
         if status is None:
-            return storage_pb2.GetImageResponse(found=False)
+            return storage_pb2.GetImageResponse(found=False, copied_bytes=copied, total_bytes=total)
         return storage_pb2.GetImageResponse(
             found=True,
             size_bytes=status.image.size_bytes,

@@ -29,6 +29,7 @@ FAILED = "Failed"
 DELETED = "Deleted"
 _STATES = {State.CREATING: "Creating", State.READY: "Ready", State.DELETING: "Deleting"}
 _BY_NAME = {name: state for state, name in _STATES.items()}
+_PROGRESS = frozenset({"copiedBytes", "totalBytes", "copied"})
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
@@ -86,7 +87,7 @@ def volume_object(volume: Volume) -> Object:
 def volume_status(volume: Volume, before: Object) -> Object:
     """Return the status that records a volume; what it does not record stays as before."""
     return {
-        **before,
+        **without_progress(before),
         "state": _STATES[volume.state],
         "capacityBytes": volume.capacity_bytes,
         "capacity": quantity(volume.capacity_bytes),
@@ -174,7 +175,7 @@ def snapshot_object(snapshot: Snapshot) -> Object:
 def snapshot_status(snapshot: Snapshot, before: Object) -> Object:
     """Return the status that records a snapshot."""
     return {
-        **before,
+        **without_progress(before),
         "state": _STATES[snapshot.state],
         "sizeBytes": snapshot.size_bytes,
         "size": quantity(snapshot.size_bytes),
@@ -219,6 +220,17 @@ def recorded_state(found: Object) -> State | None:
 def has_state(found: Object, *names: str) -> bool:
     """Tell whether the status says one of these, such as DELETED."""
     return found.get("status", {}).get("state", "") in names
+
+
+def with_progress(status: Object, copied_bytes: int, total_bytes: int) -> Object:
+    """Return a status that says how far the copy is that fills a volume or snapshot; total_bytes is not 0."""
+    share = f"{min(100, 100 * copied_bytes // total_bytes)}%"
+    return {**status, "copiedBytes": copied_bytes, "totalBytes": total_bytes, "copied": share}
+
+
+def without_progress(status: Object) -> Object:
+    """Return a status that says nothing of a copy: it is made, or given up."""
+    return {key: value for key, value in status.items() if key not in _PROGRESS}
 
 
 def error_status(error: VduseError, generation: int, *, retrying: bool = False) -> Object:

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from csi_vduse.backends.base import Copying
 from csi_vduse.backends.file import FilePool
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.model import Snapshot, State, Volume, VolumeParameters
@@ -47,8 +48,8 @@ def image_of(directory: Path, volume: Volume | Snapshot) -> Path:
     return directory / "pool" / part / volume.id / "image.raw"
 
 
-def soon() -> float:
-    return time.monotonic() + 60.0
+def soon() -> Copying:
+    return Copying(time.monotonic() + 60.0)
 
 
 def files_below(directory: Path) -> list[str]:

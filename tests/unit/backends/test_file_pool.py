@@ -1,5 +1,6 @@
 """File pools: whole images or none, copies that equal their source, faults told clearly."""
 
+import asyncio
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.backends import copying, file
+from csi_vduse.backends.base import Copying
 from csi_vduse.backends.pools import open_pools
 from csi_vduse.config import parse_pool
 from csi_vduse.errors import (
@@ -83,9 +85,9 @@ async def test_copies_equal_their_source(pool, tmp_path, monkeypatch, reflink):
     if not reflink:
         monkeypatch.setattr(copying, "_reflink", lambda *_: False)
     source = await filled(pool, tmp_path, a_volume())
-    await pool.snapshot(source, a_snapshot(), until_s=soon())
-    await pool.clone(source, a_volume("clone"), until_s=soon())
-    await pool.restore(a_snapshot(), a_volume("restored"), until_s=soon())
+    await pool.snapshot(source, a_snapshot(), copying=soon())
+    await pool.clone(source, a_volume("clone"), copying=soon())
+    await pool.restore(a_snapshot(), a_volume("restored"), copying=soon())
     content = image_of(tmp_path, source).read_bytes()
     for copy in (a_snapshot(), a_volume("clone"), a_volume("restored")):
         assert image_of(tmp_path, copy).read_bytes() == content
@@ -93,7 +95,7 @@ async def test_copies_equal_their_source(pool, tmp_path, monkeypatch, reflink):
 
 async def test_copies_stay_sparse(pool, tmp_path):
     source = await filled(pool, tmp_path, a_volume(capacity_bytes=1 << 40))
-    await pool.snapshot(source, a_snapshot(size_bytes=1 << 40), until_s=soon())
+    await pool.snapshot(source, a_snapshot(size_bytes=1 << 40), copying=soon())
     stat = image_of(tmp_path, a_snapshot()).stat()
     assert stat.st_size == 1 << 40
     assert stat.st_blocks * 512 < MIB
@@ -102,21 +104,21 @@ async def test_copies_stay_sparse(pool, tmp_path):
 async def test_copying_works_without_copy_file_range(pool, tmp_path, refuse):
     source = await filled(pool, tmp_path, a_volume(), pattern=os.urandom(2 * MIB))
     refuse("copy_file_range", errno.EXDEV)
-    await pool.clone(source, a_volume("clone"), until_s=soon())
+    await pool.clone(source, a_volume("clone"), copying=soon())
     assert image_of(tmp_path, a_volume("clone")).read_bytes() == image_of(tmp_path, source).read_bytes()
 
 
 async def test_a_larger_clone_has_zeros_at_its_end(pool, tmp_path):
     source = await filled(pool, tmp_path, a_volume())
     large = a_volume("large", capacity_bytes=8 * MIB)
-    await pool.clone(source, large, until_s=soon())
+    await pool.clone(source, large, copying=soon())
     content = image_of(tmp_path, large).read_bytes()
     assert content == image_of(tmp_path, source).read_bytes() + bytes(4 * MIB)
 
 
 async def test_a_copy_does_not_follow_later_writes(pool, tmp_path):
     source = await filled(pool, tmp_path, a_volume())
-    await pool.snapshot(source, a_snapshot(), until_s=soon())
+    await pool.snapshot(source, a_snapshot(), copying=soon())
     with image_of(tmp_path, source).open("r+b") as image:
         image.seek(MIB)
         image.write(b"NEWS")
@@ -127,8 +129,44 @@ async def test_a_copy_past_its_deadline_is_given_up_and_leaves_nothing(pool, tmp
     source = await filled(pool, tmp_path, a_volume())
     before = files_below(tmp_path)
     with pytest.raises(DeadlineExceeded, match="XFS or btrfs"):
-        await pool.snapshot(source, a_snapshot(), until_s=time.monotonic() - 1)
+        await pool.snapshot(source, a_snapshot(), copying=Copying(time.monotonic() - 1))
     assert files_below(tmp_path) == before
+
+
+async def test_a_copy_that_nobody_waits_for_any_more_ends_and_leaves_nothing(pool, tmp_path, monkeypatch):
+    """Its thread went on, and an image that no record knew of appeared hours later."""
+    source = await filled(pool, tmp_path, a_volume(), pattern=os.urandom(MIB))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def cannot(*_args):
+        return False
+
+    def gated(*args):
+        begun.set()
+        go_on.wait(30)
+        return copy_chunk(*args)
+
+    copy_chunk = copying._copy_chunk
+    monkeypatch.setattr(copying, "_reflink", cannot)
+    monkeypatch.setattr(copying, "_copy_chunk", gated)
+    before = files_below(tmp_path)
+    making = asyncio.create_task(pool.clone(source, a_volume("clone"), copying=soon()))
+    await asyncio.to_thread(begun.wait, 30)
+    making.cancel()
+    await asyncio.sleep(0.1)
+    assert not making.done()  # its thread may still do anything
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    assert files_below(tmp_path) == before
+
+
+async def test_a_copy_tells_how_far_it_is(pool, tmp_path, monkeypatch):
+    source = await filled(pool, tmp_path, a_volume(), pattern=os.urandom(MIB))
+    monkeypatch.setattr(copying, "_reflink", lambda *_: False)
+    told = soon()
+    await pool.clone(source, a_volume("clone"), copying=told)
+    assert told.copied_bytes == told.total_bytes == MIB
 
 
 async def test_copy_of_a_truncated_source_is_data_loss_and_leaves_nothing(pool, tmp_path):
@@ -136,14 +174,14 @@ async def test_copy_of_a_truncated_source_is_data_loss_and_leaves_nothing(pool, 
     os.truncate(image_of(tmp_path, source), MIB)
     before = files_below(tmp_path)
     with pytest.raises(DataLoss, match="ends at 1048576 bytes, it should have 4194304"):
-        await pool.clone(source, a_volume("clone"), until_s=soon())
+        await pool.clone(source, a_volume("clone"), copying=soon())
     assert files_below(tmp_path) == before
 
 
 async def test_copy_of_a_missing_source_is_data_loss_and_names_it(pool, tmp_path):
     await pool.check()
     with pytest.raises(DataLoss, match=str(image_of(tmp_path, a_volume()))):
-        await pool.clone(a_volume(), a_volume("clone"), until_s=soon())
+        await pool.clone(a_volume(), a_volume("clone"), copying=soon())
 
 
 async def test_expand_grows_and_never_shrinks(pool, tmp_path):
@@ -173,7 +211,7 @@ async def test_delete_leaves_nothing_and_can_be_repeated(pool, tmp_path):
     await pool.check()
     before = files_below(tmp_path)
     source = await filled(pool, tmp_path, a_volume())
-    await pool.snapshot(source, a_snapshot(), until_s=soon())
+    await pool.snapshot(source, a_snapshot(), copying=soon())
     for _ in range(2):
         await pool.delete_volume(source.id)
         await pool.delete_snapshot(a_snapshot().id)
@@ -182,9 +220,9 @@ async def test_delete_leaves_nothing_and_can_be_repeated(pool, tmp_path):
 
 async def test_a_snapshot_outlives_its_volume(pool, tmp_path):
     source = await filled(pool, tmp_path, a_volume())
-    await pool.snapshot(source, a_snapshot(), until_s=soon())
+    await pool.snapshot(source, a_snapshot(), copying=soon())
     await pool.delete_volume(source.id)
-    await pool.restore(a_snapshot(), a_volume("restored"), until_s=soon())
+    await pool.restore(a_snapshot(), a_volume("restored"), copying=soon())
     assert image_of(tmp_path, a_volume("restored")).read_bytes()[MIB : MIB + 4] == b"data"
 
 
@@ -273,7 +311,7 @@ async def test_an_image_that_vanished_while_it_was_made_is_an_error_and_leaves_n
     original = copying.copy_image
     monkeypatch.setattr(file, "copy_image", copy)
     with pytest.raises(FailedPrecondition, match="vanished"):
-        await pool.snapshot(source, a_snapshot(), until_s=soon())
+        await pool.snapshot(source, a_snapshot(), copying=soon())
     assert files_below(tmp_path) == before
     assert not image_of(tmp_path, a_snapshot()).parent.exists()
 
@@ -281,7 +319,7 @@ async def test_an_image_that_vanished_while_it_was_made_is_an_error_and_leaves_n
 async def test_usage_tells_ours_from_foreign(pool, tmp_path):
     before = await pool.usage()
     source = await filled(pool, tmp_path, a_volume(), pattern=os.urandom(3 * MIB), at=0)
-    await pool.snapshot(source, a_snapshot(), until_s=soon())
+    await pool.snapshot(source, a_snapshot(), copying=soon())
     os.sync()
     after = await pool.usage()
     assert after.total_bytes == before.total_bytes
@@ -369,7 +407,7 @@ async def test_a_really_full_pool_is_exhausted_and_leaves_nothing(tmp_path):
         source = await filled(pool, tmp_path, a_volume(), pattern=os.urandom(4 * MIB), at=0)
         before = files_below(tmp_path)
         with pytest.raises(ResourceExhausted, match="make room"):
-            await pool.clone(source, a_volume("clone"), until_s=soon())
+            await pool.clone(source, a_volume("clone"), copying=soon())
         assert files_below(tmp_path) == before
         pool.close()
     finally:

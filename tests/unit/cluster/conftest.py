@@ -9,7 +9,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from csi_vduse.agent.model import VolumeStats
 from csi_vduse.config import ControllerConfig, NodeConfig, PoolConfig
 from csi_vduse.kube import mirror
 from csi_vduse.kube.api import ApiServer, at
-from csi_vduse.kube.resources import CORE_NODES, SNAPSHOTS, VOLUMES, Object
+from csi_vduse.kube.resources import CORE_NODES, NODES, SNAPSHOTS, VOLUMES, Object
 from csi_vduse.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, pluginregistration_pb2_grpc
 from csi_vduse.services import controller_process, node_plugin, node_status, node_work, waiting
+from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.server import StorageServer
+from csi_vduse.storage.service import listening
 from tests.unit.fakes.agent import FakeAgent
 from tests.unit.fakes.kubernetes_api import FakeApi, fake_api
 from tests.unit.services.stack import create_request
@@ -161,6 +164,16 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
+def known_nodes(cluster: Cluster, *names: str) -> Awaitable[None]:
+    """The controller has seen the nodes' pools."""
+    return until(
+        lambda: (
+            {found["metadata"]["name"] for found in cluster.server.objects(NODES.base) if found.get("status")}
+            >= set(names)
+        )
+    )
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -194,3 +207,29 @@ async def one_node(cluster: Cluster) -> ClusterNode:
     node = await cluster.start_node("n1")
     await until(lambda: cluster.server.object(f"/apis/csi.vduse.dev/v1alpha1/vdusenodes/{node.name}"))
     return node
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[StorageServer]:
+    (tmp_path / "images").mkdir()
+    config = ServerConfig(
+        directory=tmp_path / "images",
+        run_dir=tmp_path / "run",
+        control=Address(path=tmp_path / "control.sock"),
+        nbd=Address(path=tmp_path / "nbd.sock"),
+    )
+    server = StorageServer(config)
+    async with server.running(), listening(config, server):
+        yield server
+
+
+@pytest.fixture
+async def shared(cluster: Cluster, server: StorageServer, tmp_path: Path) -> Cluster:
+    """Two nodes with file pools, and a storage server beside them."""
+    del server
+    await cluster.stop("controller")
+    await cluster.start_controller(pools=(PoolConfig("remote", "nbd", f"unix:{tmp_path}/control.sock"),))
+    for name in ("n1", "n2"):
+        await cluster.start_node(name)
+    await known_nodes(cluster, "n1", "n2")
+    return cluster

@@ -1,41 +1,11 @@
 """Pools that are on no node: the leading controller works on them, with a real storage server and daemon."""
 
 import grpc
-import pytest
 
-from csi_vduse.config import PoolConfig
 from csi_vduse.proto import csi_pb2, csi_pb2_grpc
-from csi_vduse.storage.config import Address, ServerConfig
-from csi_vduse.storage.server import StorageServer
-from csi_vduse.storage.service import listening
 from tests.unit.cluster.conftest import TIMEOUT_S, until
-from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand, failure, known_nodes
+from tests.unit.cluster.test_volumes_in_a_cluster import create_when_known, expand, failure
 from tests.unit.services.stack import MIB, Mode, block
-
-
-@pytest.fixture
-async def server(tmp_path):
-    (tmp_path / "images").mkdir()
-    config = ServerConfig(
-        directory=tmp_path / "images",
-        run_dir=tmp_path / "run",
-        control=Address(path=tmp_path / "control.sock"),
-        nbd=Address(path=tmp_path / "nbd.sock"),
-    )
-    server = StorageServer(config)
-    async with server.running(), listening(config, server):
-        yield server
-
-
-@pytest.fixture
-async def shared(cluster, server, tmp_path):
-    """Two nodes with file pools, and a storage server beside them."""
-    await cluster.stop("controller")
-    await cluster.start_controller(pools=(PoolConfig("remote", "nbd", f"unix:{tmp_path}/control.sock"),))
-    for name in ("n1", "n2"):
-        await cluster.start_node(name)
-    await known_nodes(cluster, "n1", "n2")
-    return cluster
 
 
 async def publish(cluster, id_, node):

@@ -13,18 +13,8 @@ from csi_vduse.proto import csi_pb2
 from csi_vduse.services import copies, node_status, node_work, remote, waiting
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.topology import TOPOLOGY_KEY
-from tests.unit.cluster.conftest import TIMEOUT_S, until
+from tests.unit.cluster.conftest import TIMEOUT_S, known_nodes, until
 from tests.unit.services.stack import GIB, MIB
-
-
-def known_nodes(cluster, *names):
-    """The controller has seen the nodes' pools."""
-    return until(
-        lambda: (
-            {found["metadata"]["name"] for found in cluster.server.objects(NODES.base) if found.get("status")}
-            >= set(names)
-        )
-    )
 
 
 async def failure(call):

@@ -17,6 +17,7 @@ from csi_vduse.backends.pools import Pools
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services.controller import Controller
 from csi_vduse.services.copies import Copies
+from csi_vduse.services.locks import LockTable
 from csi_vduse.services.places import LocalPlaces
 from csi_vduse.services.provisioning import Provisioner
 from csi_vduse.services.publishing import KnownNodes, Publisher
@@ -105,7 +106,8 @@ class Stack:
         mortals: list[Any] = [Mortal(backend, life) for backend in self.backends]
         self.pools = Pools(mortals)
         segments = node_segments(NODE)
-        self.copies = Copies(self.agent)
+        self.locks = LockTable()
+        self.copies = Copies(self.agent, self.locks)
         self.reservations = Reservations(self.registry)
         self.provisioner = Provisioner(
             registry=self.registry,

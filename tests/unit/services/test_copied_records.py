@@ -8,6 +8,7 @@ import pytest
 from csi_vduse.backends.file import FilePool
 from csi_vduse.errors import InvalidArgument
 from csi_vduse.proto import csi_pb2
+from csi_vduse.services.locks import Keys
 from csi_vduse.volumes.ids import volume_id
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
 from tests.unit.services.stack import MIB, Stack, block, mount
@@ -27,13 +28,13 @@ class SharedPool(FilePool):
         self.copying = asyncio.Event()
         self.cut = asyncio.Event()
 
-    async def clone(self, source, volume, *, until_s):
+    async def clone(self, source, volume, *, copying):
         await self._gate()
-        await super().clone(source, volume, until_s=until_s)
+        return await super().clone(source, volume, copying=copying)
 
-    async def snapshot(self, source, snapshot, *, until_s):
+    async def snapshot(self, source, snapshot, *, copying):
         await self._gate()
-        await super().snapshot(source, snapshot, until_s=until_s)
+        return await super().snapshot(source, snapshot, copying=copying)
 
     async def published(self):
         return {}
@@ -131,6 +132,25 @@ async def test_a_formatted_volume_is_not_confirmed_for_another_file_system(stack
     answer = await stack.controller.ValidateVolumeCapabilities(request, None)
     assert not answer.HasField("confirmed")
     assert "formatted as ext4" in answer.message
+
+
+def staging(volume):
+    """What NodeStageVolume locks."""
+    return Keys(frozenset({volume.volume_id}))
+
+
+@pytest.mark.parametrize("kind", ["clone", "snapshot"])
+async def test_a_volume_is_staged_while_a_pool_that_cuts_by_itself_copies_it(stack, pool, kind):
+    volume = await stack.create()
+    copying = asyncio.create_task(
+        stack.create("clone", from_volume=volume.volume_id)
+        if kind == "clone"
+        else stack.snapshot(volume.volume_id)
+    )
+    await pool.copying.wait()
+    stack.locks.acquire(staging(volume))
+    pool.cut.set()
+    await copying
 
 
 def pool_has(stack, pool, name):

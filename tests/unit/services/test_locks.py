@@ -16,6 +16,7 @@ RESTORE = ("CreateVolume", create_request("restored", from_snapshot=S))
 RESTORE_AGAIN = ("CreateVolume", create_request("again", from_snapshot=S))
 DELETE = ("DeleteVolume", csi_pb2.DeleteVolumeRequest(volume_id=V))
 EXPAND = ("ControllerExpandVolume", csi_pb2.ControllerExpandVolumeRequest(volume_id=V))
+MODIFY = ("ControllerModifyVolume", csi_pb2.ControllerModifyVolumeRequest(volume_id=V))
 STAGE = ("NodeStageVolume", csi_pb2.NodeStageVolumeRequest(volume_id=V))
 PUBLISH = ("NodePublishVolume", csi_pb2.NodePublishVolumeRequest(volume_id=V))
 STAGE_OTHER = ("NodeStageVolume", csi_pb2.NodeStageVolumeRequest(volume_id=OTHER))
@@ -35,8 +36,16 @@ GET = ("ControllerGetVolume", csi_pb2.ControllerGetVolumeRequest(volume_id=V))
         (STAGE, PUBLISH, True),
         (STAGE, STAGE_OTHER, False),
         (EXPAND, STAGE, True),
-        (SNAPSHOT, STAGE, True),
-        (SNAPSHOT, CLONE, True),
+        (SNAPSHOT, STAGE, False),
+        (SNAPSHOT, PUBLISH, False),
+        (SNAPSHOT, MODIFY, False),
+        (SNAPSHOT, CLONE, False),
+        (SNAPSHOT, DELETE, True),
+        (SNAPSHOT, EXPAND, True),
+        (EXPAND, SNAPSHOT, True),
+        (CREATE, CLONE, True),
+        (CLONE, STAGE, False),
+        (CLONE, EXPAND, True),
         (SNAPSHOT, SAME_NAME, True),
         (SNAPSHOT, DELETE_SNAPSHOT, True),
         (SNAPSHOT, RESTORE, True),

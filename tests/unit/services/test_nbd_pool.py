@@ -21,7 +21,19 @@ from csi_vduse.storage.client import StorageClient
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
-from tests.unit.services.stack import MIB, NODE, OTHER_NODE, Mode, Stack, block, create_request, mount
+from csi_vduse.volumes.ids import volume_id
+from tests.unit.services.stack import (
+    MIB,
+    NODE,
+    OTHER_NODE,
+    Killed,
+    Life,
+    Mode,
+    Stack,
+    block,
+    create_request,
+    mount,
+)
 from tests.unit.storage.nbd_client import CutOff, NbdClient, Refused
 
 
@@ -300,3 +312,45 @@ async def test_file_volumes_beside_them_are_published_on_their_own_node_only(ser
     with pytest.raises(FailedPrecondition, match=NODE):
         await publish(stack, volume, OTHER_NODE)
     stack.close()
+
+
+def a_process(directory, config, life=None):
+    """A controller with the storage server's pool; its records are in `directory`."""
+    memory = directory / "state/pools/remote.json"
+    pool = NbdPool("remote", parse_location(str(config.control)), memory=memory)
+    return Stack(directory, pool_names=(), more=(pool,), life=life)
+
+
+async def clone(stack):
+    return await stack.create("copy", required=8 * MIB, from_volume=volume_id("source"))
+
+
+async def snapshot(stack):
+    return await stack.snapshot(volume_id("source"))
+
+
+@pytest.mark.parametrize("after_the_act", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("copy", [clone, snapshot])
+async def test_killed_at_any_step_of_a_copy_the_next_process_goes_on_and_nothing_leaks(
+    server, config, tmp_path, copy, after_the_act
+):
+    step, is_killed = 0, True
+    while is_killed:
+        directory = tmp_path / f"step{step}"
+        directory.mkdir()
+        await a_process(directory, config).create("source")
+        try:
+            await copy(a_process(directory, config, Life(step, after_the_act=after_the_act)))
+        except Killed:
+            step += 1
+        else:
+            is_killed = False
+        successor = a_process(directory, config)
+        await successor.start()
+        assert await copy(successor) == await copy(successor)
+        for volume in await successor.registry.list_volumes():
+            await successor.delete(volume.id)
+        for one in await successor.registry.list_snapshots():
+            await successor.delete_snapshot(one.id)
+        assert not list(config.directory.glob("*/*-*"))
+    assert step > 1

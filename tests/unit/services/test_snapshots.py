@@ -15,10 +15,12 @@ from csi_vduse.errors import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    Pending,
     Unavailable,
 )
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services import copies
+from csi_vduse.services.locks import Keys
 from csi_vduse.volumes.ids import snapshot_id, volume_id
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
 from csi_vduse.volumes.model import State as RecordState
@@ -403,3 +405,35 @@ async def test_snapshots_are_found_by_id_and_by_volume(stack, volume):
     assert await get_snapshot(stack, mine.snapshot_id) == mine
     with pytest.raises(NotFound):
         await get_snapshot(stack, snapshot_id("none"))
+
+
+# What is excluded meanwhile.
+
+
+@pytest.mark.parametrize("is_attached", [True, False], ids=["attached", "detached"])
+async def test_a_volume_of_a_file_pool_is_neither_attached_nor_detached_while_it_is_copied(
+    stack, volume, during_the_copy, is_attached
+):
+    if is_attached:
+        await stack.agent.attach(AttachSpec(volume.volume_id, NullBackend(), 4 * MIB))
+    staging, met = Keys(frozenset({volume.volume_id})), []
+
+    def stage():
+        with pytest.raises(Pending):
+            stack.locks.acquire(staging)
+        met.append(True)
+
+    during_the_copy(stage)
+    await stack.snapshot(volume.volume_id)
+    assert met
+    stack.locks.acquire(staging)
+    with pytest.raises(Pending):
+        await stack.snapshot(volume.volume_id, "while it is being staged")
+
+
+async def test_a_restore_excludes_nothing_but_the_deletion_of_its_snapshot(stack, volume, during_the_copy):
+    snapshot = await stack.snapshot(volume.volume_id)
+    held = []
+    during_the_copy(lambda: held.extend(stack.locks.held))
+    await stack.create("restored", from_snapshot=snapshot.snapshot_id)
+    assert held == []
