@@ -165,7 +165,7 @@ class NodeWork:
         try:
             while not (await asyncio.wait({copying}, timeout=_PROGRESS_PERIOD_S))[0]:
                 await self._tell_progress(key)
-        except asyncio.CancelledError:  # we are to end ourselves
+        except BaseException:  # such as the end of us all: nothing goes on that nobody watches
             copying.cancel()
             await asyncio.wait({copying})
             raise
@@ -181,7 +181,7 @@ class NodeWork:
             await self._registry.update_status(
                 resource,
                 name,
-                lambda now: objects.with_progress(now.get("status", {}), copied_bytes, total_bytes),
+                lambda now: objects.with_progress(now, copied_bytes, total_bytes),
             )
         except VduseError as error:
             log.get().warning("how far a copy is could not be told", error=str(error))

@@ -222,10 +222,15 @@ def has_state(found: Object, *names: str) -> bool:
     return found.get("status", {}).get("state", "") in names
 
 
-def with_progress(status: Object, copied_bytes: int, total_bytes: int) -> Object:
-    """Return a status that says how far the copy is that fills a volume or snapshot; total_bytes is not 0."""
+def with_progress(found: Object, copied_bytes: int, total_bytes: int) -> Object | None:
+    """Return a status that says how far the copy is that fills an object, or None if it is not being made any more.
+
+    total_bytes is not 0.
+    """
+    if recorded_state(found) is not State.CREATING:
+        return None
     share = f"{min(100, 100 * copied_bytes // total_bytes)}%"
-    return {**status, "copiedBytes": copied_bytes, "totalBytes": total_bytes, "copied": share}
+    return {**found["status"], "copiedBytes": copied_bytes, "totalBytes": total_bytes, "copied": share}
 
 
 def without_progress(status: Object) -> Object:

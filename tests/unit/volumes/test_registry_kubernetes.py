@@ -175,3 +175,19 @@ async def test_snapshots_are_deleted_as_volumes_are(api, server):
     await api.delete(SNAPSHOTS, snapshot_id("s"))
     await node.delete_snapshot(snapshot_id("s"))
     assert server.object(SNAPSHOTS.named(snapshot_id("s")))["status"] == {"state": objects.DELETED}
+
+
+async def test_how_far_a_copy_is_is_told_while_it_is_made_and_not_after(api, server):
+    registry = KubernetesRegistry(api)
+
+    def tell():
+        return registry.update_status(VOLUMES, ID, lambda now: objects.with_progress(now, 1 << 20, 3 << 20))
+
+    await registry.put_volume(a_volume(state=State.CREATING))
+    await tell()
+    status = server.object(VOLUMES.named(ID))["status"]
+    assert (status["copiedBytes"], status["totalBytes"], status["copied"]) == (1 << 20, 3 << 20, "33%")
+    assert (await registry.get_volume(ID)).state is State.CREATING
+    await registry.put_volume(a_volume(state=State.READY))
+    await tell()  # a word that comes late
+    assert "copied" not in server.object(VOLUMES.named(ID))["status"]
