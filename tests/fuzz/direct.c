@@ -207,6 +207,8 @@ int fuzz_thread_join(pthread_t thread, void **result)
 {
     (void)thread;
     (void)result;
+    if (queue->engine->ops->queue_close)
+        queue->engine->ops->queue_close(queue);
     uring = queue->uring; /* nothing is in flight: the next queue may have it */
     return 0;
 }

@@ -148,15 +148,7 @@ def one_input(raw: bytes) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     os.ftruncate(FILES[0], MEMORY_BYTES)
     ours, theirs = socket.socketpair()
-    engine = Engine(
-        backend=NullBackend(),
-        capacity_bytes=SPEC.capacity_bytes,
-        block_size_bytes=512,
-        max_queues=SPEC.queues,
-        read_only=False,
-        serial="disk",
-        event_fd=-1,
-    )
+    engine = _engine()
     session = Session(Connection(ours), engine, SPEC, memory_slots=4)
     with contextlib.suppress(ProtocolError, Unavailable, BlockingIOError):
         for _ in range(_start(theirs, data)):
@@ -176,6 +168,18 @@ def one_input(raw: bytes) -> None:
     after = len(list(Path("/proc/self/fd").iterdir()))
     if after != before:
         raise RuntimeError(f"{after - before} descriptors left open")
+
+
+def _engine() -> Engine:
+    return Engine(
+        backend=NullBackend(),
+        capacity_bytes=SPEC.capacity_bytes,
+        block_size_bytes=512,
+        max_queues=SPEC.queues,
+        read_only=False,
+        serial="disk",
+        event_fd=-1,
+    )
 
 
 def _start(sock: socket.socket, data: Any) -> int:
@@ -200,6 +204,7 @@ def _start(sock: socket.socket, data: Any) -> int:
 def main() -> None:
     """Fuzz until the options of libFuzzer say that it is enough."""
     log.configure(level="CRITICAL", component="fuzz")
+    _engine().close()  # the first of a process opens what all of them share
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
 
