@@ -42,6 +42,12 @@ static enum vd_method means_after(const struct file *f, const struct vd_request 
     }
 }
 
+/* Begin with the extent that r->step counts, if there is one. */
+static void begin_extent(const struct file *f, struct vd_request *r)
+{
+    r->method = r->step < r->extent_count ? (int)means_after(f, r, &r->extents[r->step], VD_METHOD_NONE) : 0;
+}
+
 static void write_zeroes(struct vd_queue *q, struct vd_request *r, const struct vd_extent *e)
 {
     struct file *f = vd_file_queue_of(q)->file;
@@ -67,7 +73,7 @@ static void proceed(struct vd_queue *q, struct vd_request *r)
 
     while (r->step < r->extent_count && (!r->extents[r->step].length || r->method == VD_METHOD_NONE)) {
         r->step++;
-        r->method = r->step < r->extent_count ? (int)means_after(f, r, &r->extents[r->step], VD_METHOD_NONE) : 0;
+        begin_extent(f, r);
     }
     if (r->step == r->extent_count) {
         if (vd_file_can_flush(q))
@@ -99,7 +105,7 @@ static void proceed(struct vd_queue *q, struct vd_request *r)
 void vd_file_zero(struct vd_queue *q, struct vd_request *r)
 {
     if (!r->failing_since_ns) /* else it goes on where it failed */
-        r->method = r->extent_count ? (int)means_after(vd_file_queue_of(q)->file, r, r->extents, VD_METHOD_NONE) : 0;
+        begin_extent(vd_file_queue_of(q)->file, r);
     proceed(q, r);
 }
 
@@ -135,8 +141,7 @@ void vd_file_zeroed(struct vd_queue *q, struct vd_request *r, int result)
         if (!written || r->done == r->extents[r->step].length) {
             r->done = 0;
             r->step++;
-            r->method = r->step < r->extent_count
-                            ? (int)means_after(f, r, &r->extents[r->step], VD_METHOD_NONE) : 0;
+            begin_extent(f, r);
         }
         proceed(q, r);
     }

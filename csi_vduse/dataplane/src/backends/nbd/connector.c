@@ -238,7 +238,6 @@ void *nbd_connector_run(void *argument)
     uint64_t pause_ms = 0;
 
     prctl(PR_SET_NAME, "nbd-connect");
-    (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* the memory that it needs must not be had by writing to our device */
     pthread_mutex_lock(&n->lock);
     while (!n->closing) {
         char reason[NBD_REASON_BYTES];
