@@ -342,7 +342,7 @@ class Agent:
                     hint="a dead worker is replaced by itself",
                 )
             try:
-                new, pause_s = await handover(self._node, attachment, old)
+                attachment, new, pause_s = await handover(self._node, attachment, old)
             except BaseException:
                 self._volumes.take_stock(volume_id)
                 raise

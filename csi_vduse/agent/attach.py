@@ -1,7 +1,8 @@
 """Attach: one function that makes a device, its worker and its bus binding, or leaves nothing behind.
 
 Order (why: vdpa/bus.py and dataplane/device.py): record → CREATE_DEV → in-flight log → msg_timeout, bounce_size →
-worker, which sets the queues up and serves → DEV_NEW and bind → disk or character device → throttle → record.
+another export, recorded → worker, which sets the queues up and serves → DEV_NEW and bind → disk or character device →
+throttle → record.
 The throttle comes late, and detach lifts it early: the kernel reads from a disk, and waits for its requests, under
 the lock that all vDPA devices of the node share.
 """
@@ -9,7 +10,6 @@ the lock that all vDPA devices of the node share.
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
@@ -23,7 +23,7 @@ from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import Worker, WorkerSource
 from csi_vduse.config import AgentConfig, check_socket_path
 from csi_vduse.dataplane import backend_spec, inflight, throttle
-from csi_vduse.dataplane.backend_spec import ErrorBackend
+from csi_vduse.dataplane.backend_spec import ErrorBackend, NbdBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
@@ -123,11 +123,15 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         undo.push_async_callback(node.kernel.destroy, name)
         inflight.create(node.store.inflight_path(name), _log_identity(node, spec))
         _tune(node, spec)
-        worker = await start_worker(node, spec, undo)
+        attachment, worker = await start_worker(node, attachment, undo)
+
+        async def replacement() -> Worker:
+            nonlocal attachment
+            attachment, started = await start_worker(node, attachment, undo, resume=True)
+            return started
+
         binding = node.bus.attach(name, spec.bus, timeout_s=node.config.step_timeout_s)
-        device, worker = await while_served(
-            worker, binding, functools.partial(start_worker, node, spec, undo, resume=True)
-        )
+        device, worker = await while_served(worker, binding, replacement)
         undo.push_async_callback(node.bus.detach, name, timeout_s=node.config.step_timeout_s)
         if spec.throttle != UNLIMITED:
             await set_throttle(node, worker, spec.throttle)
@@ -162,41 +166,69 @@ async def while_served(
 
 async def start_worker(
     node: Node,
-    spec: AttachSpec,
+    attachment: Attachment,
     undo: AsyncExitStack,
     *,
     resume: bool = False,
     limits: Throttle = UNLIMITED,
     failing: bool = False,
-) -> Worker:
+) -> tuple[Attachment, Worker]:
     """Start a worker and hand it the device; it serves when this returns.
 
     limits: hold at once.
     resume: the device has been served before; what that worker had in flight is replayed before anything else.
     failing: fail every request, the replayed ones too, without the backend.
 
+    Returns the attachment as it is recorded now, and the worker.
     """
-    worker = await node.spawner.spawn(node.store.control_path(spec.device_name))
+    if not failing:
+        attachment = await fence(node, attachment)
+    worker = await node.spawner.spawn(node.store.control_path(attachment.device_name))
     undo.push_async_callback(worker.kill)
-    await serve(node, spec, worker, resume=resume, limits=limits, failing=failing)
-    return worker
+    await serve(node, attachment, worker, resume=resume, limits=limits, failing=failing)
+    return attachment, worker
 
 
-async def prepare(node: Node, spec: AttachSpec, worker: Worker) -> None:
+async def fence(node: Node, attachment: Attachment) -> Attachment:
+    """See to it that nothing of earlier workers reaches the backend any more, where that takes another export.
+
+    Of a file the lock sees to it. Returns the attachment with what the next worker is to serve from, which is recorded.
+
+    Raises:
+        DataLoss: the record cannot be read.
+        NotFound, Unavailable, DeadlineExceeded: as renewal.renewed says.
+    """
+    asked = attachment.spec.backend
+    if not isinstance(asked, NbdBackend) or not asked.control:
+        return attachment
+    # Here, because it imports gRPC, which the first process, that forks, must not (spawner.py).
+    from csi_vduse.agent import renewal  # noqa: PLC0415
+
+    # The record, not what the caller knows: a start that failed may have begun to use what it had recorded.
+    recorded = node.store.find(attachment.device_name)
+    served = recorded.renewed if recorded is not None else None
+    attachment = replace(attachment, renewed=await renewal.renewed(asked, served))
+    node.store.save(attachment)
+    return attachment
+
+
+async def prepare(node: Node, attachment: Attachment, worker: Worker) -> None:
     """Have an idle worker do what it can of a start while another one serves the device.
 
     Raises:
         DataLoss: it will not be able to serve: the in-flight log is not one that it reads.
     """
-    with _log_of(node, spec) as log_fd:
+    with _log_of(node, attachment) as log_fd:
         await worker.call(
-            {"op": "prepare", **_start_arguments(node, spec)}, [log_fd], timeout_s=node.config.step_timeout_s
+            {"op": "prepare", **_start_arguments(node, attachment)},
+            [log_fd],
+            timeout_s=node.config.step_timeout_s,
         )
 
 
 async def serve(
     node: Node,
-    spec: AttachSpec,
+    attachment: Attachment,
     worker: Worker,
     *,
     resume: bool,
@@ -208,13 +240,13 @@ async def serve(
     The only other descriptor of the device is ours, and we close it before anything else happens: the kernel
     gives a dead worker's messages to the next one only when the last descriptor is closed.
     """
-    with _log_of(node, spec) as log_fd, ExitStack() as descriptors:
-        device_fd = node.kernel.open(spec.device_name)
+    with _log_of(node, attachment) as log_fd, ExitStack() as descriptors:
+        device_fd = node.kernel.open(attachment.device_name)
         descriptors.callback(os.close, device_fd)
         await worker.call(
             {
                 "op": "start",
-                **_start_arguments(node, spec),
+                **_start_arguments(node, attachment),
                 **({"backend": backend_spec.to_json(ErrorBackend())} if failing else {}),
                 "throttle": throttle.to_json(limits),
                 "resume": resume,
@@ -224,12 +256,13 @@ async def serve(
         )
 
 
-def _start_arguments(node: Node, spec: AttachSpec) -> dict[str, Any]:
+def _start_arguments(node: Node, attachment: Attachment) -> dict[str, Any]:
+    spec = attachment.spec
     return {
         "name": spec.device_name,
         "volume_id": spec.volume_id,
         "serial": spec.disk_serial,
-        "backend": backend_spec.to_json(spec.backend),
+        "backend": backend_spec.to_json(attachment.backend),
         "capacity_bytes": spec.capacity_bytes,
         "read_only": spec.read_only,
         "queues": spec.queues,
@@ -241,8 +274,8 @@ def _start_arguments(node: Node, spec: AttachSpec) -> dict[str, Any]:
 
 
 @contextmanager
-def _log_of(node: Node, spec: AttachSpec) -> Iterator[int]:
-    fd = os.open(node.store.inflight_path(spec.device_name), os.O_RDWR | os.O_CLOEXEC)
+def _log_of(node: Node, attachment: Attachment) -> Iterator[int]:
+    fd = os.open(node.store.inflight_path(attachment.device_name), os.O_RDWR | os.O_CLOEXEC)
     try:
         yield fd
     finally:

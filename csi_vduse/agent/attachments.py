@@ -177,9 +177,10 @@ class Attachments:
         )
 
     async def _start_again(self, attachment: Attachment) -> None:
-        spec = attachment.spec
         async with AsyncExitStack() as undo:
-            worker = await start_worker(self._node, spec, undo, resume=True, limits=spec.throttle)
+            attachment, worker = await start_worker(
+                self._node, attachment, undo, resume=True, limits=attachment.spec.throttle
+            )
             undo.pop_all()
         self.hold(attachment.volume_id, worker)
         self.record(replace(attachment, worker_pid=worker.pid))

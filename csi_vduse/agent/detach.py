@@ -65,8 +65,11 @@ async def detach(
     attachment = replace(attachment, forced=attachment.forced or force)
 
     async def replacement() -> Worker:
+        nonlocal attachment
         async with AsyncExitStack() as undo:
-            started = await start_worker(node, attachment.spec, undo, resume=True, failing=attachment.forced)
+            attachment, started = await start_worker(
+                node, attachment, undo, resume=True, failing=attachment.forced
+            )
             undo.pop_all()
         adopt(started)
         return started
@@ -93,7 +96,8 @@ async def detach(
             await _refuse_if_used(node, attachment)
         async with _claimed(node, attachment):
             pid = worker.pid if worker is not None else 0
-            node.store.save(replace(attachment, state=State.DETACHING, worker_pid=pid))
+            attachment = replace(attachment, state=State.DETACHING, worker_pid=pid)
+            node.store.save(attachment)
             unbinding = node.bus.detach(name, timeout_s=node.config.step_timeout_s)
             if worker is None:
                 await unbinding

@@ -1,8 +1,9 @@
 """Handover: a volume gets a new worker while its old one is alive, for upgrades.
 
 Order: fork the new worker and let it prepare, while the old one serves → the old one stops fetching, waits for what
-is in flight, closes backend and device → the new one opens both, and goes on where the in-flight log says that
-fetching ended → it listens where workers of this device do → the old one ends.
+is in flight, closes backend and device (one that had to be killed is fenced as any dead one) → the new one opens both,
+and goes on where the in-flight log says that fetching ended → it listens where workers of this device do → the old one
+ends.
 
 Kept true:
 - What is slow comes before the old worker stops. The application waits for the drain and for one start.
@@ -20,7 +21,7 @@ import time
 from contextlib import AsyncExitStack
 
 from csi_vduse import log
-from csi_vduse.agent.attach import Node, prepare, serve
+from csi_vduse.agent.attach import Node, fence, prepare, serve
 from csi_vduse.agent.model import Attachment
 from csi_vduse.agent.workers import Worker
 from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, Unavailable, VduseError
@@ -29,36 +30,39 @@ from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, Una
 _RELEASE_TIMEOUT_S = 30.0
 
 
-async def handover(node: Node, attachment: Attachment, old: Worker) -> tuple[Worker, float]:
-    """Replace the worker of an attached volume; return the new one, and for how many seconds none served.
+async def handover(node: Node, attachment: Attachment, old: Worker) -> tuple[Attachment, Worker, float]:
+    """Replace the worker of an attached volume.
 
-    The caller lets the old one end. If this fails the old worker serves as before, unless it is dead.
+    Returns the attachment as it is recorded now, the new worker, and for how many seconds none served. The caller lets
+    the old one end. If this fails the old worker serves as before, unless it is dead.
 
     Raises:
         FailedPrecondition: the new worker does not read the volume's in-flight log, or the device is broken.
         Unavailable: what is in flight did not end in time, or the new worker died.
         Pending: the volume's requests are held.
     """
-    spec, name = attachment.spec, attachment.device_name
+    name = attachment.device_name
     async with AsyncExitStack() as of_the_old:
         async with AsyncExitStack() as undo:
             new = await node.spawner.spawn(node.store.next_control_path(name))
             undo.push_async_callback(new.kill)
             try:
-                await prepare(node, spec, new)
+                await prepare(node, attachment, new)
             except DataLoss as error:
                 raise FailedPrecondition(
-                    f"volume {spec.volume_id} cannot be handed over: {error.message}", hint=error.hint
+                    f"volume {attachment.volume_id} cannot be handed over: {error.message}", hint=error.hint
                 ) from error
             began = time.monotonic()
             if await _release(old):
                 of_the_old.push_async_callback(_go_on, node, attachment, old)
-            await serve(node, spec, new, resume=True, limits=spec.throttle)
+            else:
+                attachment = await fence(node, attachment)
+            await serve(node, attachment, new, resume=True, limits=attachment.spec.throttle)
             pause_s = time.monotonic() - began
             new.listen_at(node.store.control_path(name))
             undo.pop_all()
         of_the_old.pop_all()
-    return new, pause_s
+    return attachment, new, pause_s
 
 
 async def _release(old: Worker) -> bool:
@@ -90,9 +94,13 @@ async def _release(old: Worker) -> bool:
 
 
 async def _go_on(node: Node, attachment: Attachment, old: Worker) -> None:
-    """Give the device back to the worker that had it; one that cannot go on ends, and is revived as any dead one."""
+    """Give the device back to the worker that had it; one that cannot go on ends, and is revived as any dead one.
+
+    The new worker may have begun to serve before it failed, so it is fenced.
+    """
     try:
-        await serve(node, attachment.spec, old, resume=True, limits=attachment.spec.throttle)
+        attachment = await fence(node, attachment)
+        await serve(node, attachment, old, resume=True, limits=attachment.spec.throttle)
     except VduseError as error:
         log.get().error("the old worker cannot go on", volume_id=attachment.volume_id, error=str(error))
         await old.kill()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.dataplane import backend_spec, throttle
-from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend
+from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend, NbdBackend
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.errors import DataLoss, InvalidArgument
 from csi_vduse.vdpa.model import Bus, BusDevice
@@ -161,6 +161,7 @@ class Attachment:
         worker_pid: 0 for none.
         worker_version: release of the worker's program, empty if unknown; not of the record.
         forced: it is being detached by force: what waits for it fails.
+        renewed: what it is served from, if its server has given another export than was asked for; see renewal.py.
     """
 
     spec: AttachSpec
@@ -170,6 +171,12 @@ class Attachment:
     worker_pid: int = 0
     worker_version: str = ""
     forced: bool = False
+    renewed: NbdBackend | None = None
+
+    @property
+    def backend(self) -> BackendSpec:
+        """What it is served from."""
+        return self.renewed or self.spec.backend
 
     @property
     def volume_id(self) -> str:
@@ -278,7 +285,9 @@ def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
     spec, device = attachment.spec, attachment.device
     return {
         "volume_id": spec.volume_id,
-        "backend": backend_spec.to_json(spec.backend),
+        # What is served stands where earlier releases look: a volume that goes back to one of them is handed over.
+        "backend": backend_spec.to_json(attachment.backend),
+        "asked_backend": backend_spec.to_json(spec.backend),
         "capacity_bytes": spec.capacity_bytes,
         "bus": spec.bus.value,
         "read_only": spec.read_only,
@@ -305,11 +314,12 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
         DataLoss: a field is missing or of the wrong kind.
     """
     try:
-        device = value["device"]
+        device, served = value["device"], _backend_from_json(value["backend"])
+        asked = _backend_from_json(value.get("asked_backend", value["backend"]))
         return Attachment(
             spec=AttachSpec(
                 volume_id=value["volume_id"],
-                backend=_backend_from_json(value["backend"]),
+                backend=asked,
                 capacity_bytes=value["capacity_bytes"],
                 bus=Bus(value["bus"]),
                 read_only=value["read_only"],
@@ -325,6 +335,7 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
             device=BusDevice(Path(device["path"]), device["major"], device["minor"]) if device else None,
             worker_pid=value["worker_pid"],
             forced=value.get("forced", False),
+            renewed=served if isinstance(served, NbdBackend) and served != asked else None,
         )
     except (KeyError, TypeError, ValueError, InvalidArgument) as error:
         raise DataLoss(f"attachment record is damaged: {error}") from error

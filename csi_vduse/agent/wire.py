@@ -46,8 +46,10 @@ def backend_to_wire(backend: BackendSpec) -> agent_pb2.Backend:
     match backend:
         case FileBackend(path):
             return agent_pb2.Backend(file=agent_pb2.FileBackend(path=str(path)))
-        case NbdBackend(uri, tls, write_through):
-            nbd = agent_pb2.NbdBackend(uri=uri, tls=_tls_to_wire(tls), write_through=write_through)
+        case NbdBackend(uri, tls, write_through, control):
+            nbd = agent_pb2.NbdBackend(
+                uri=uri, tls=_tls_to_wire(tls), write_through=write_through, control=control
+            )
             return agent_pb2.Backend(nbd=nbd)
         case NullBackend():
             return agent_pb2.Backend(null=agent_pb2.NullBackend())
@@ -67,7 +69,7 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
             return FileBackend(path)
         case "nbd":
             tls = _tls_from_wire(message.nbd.tls) if message.nbd.HasField("tls") else None
-            return NbdBackend(message.nbd.uri, tls, message.nbd.write_through)
+            return NbdBackend(message.nbd.uri, tls, message.nbd.write_through, message.nbd.control)
         case "null":
             return NullBackend()
     raise InvalidArgument("the request names no backend", hint="file, nbd or null")

@@ -30,6 +30,7 @@ KIND = "nbd"
 URI = "uri"
 EPOCH = "epoch"
 WRITE_THROUGH = "writeThrough"  # "true", or not there
+CONTROL = "control"  # where the storage server is asked for another export; not there: it cannot give one
 # The directory of certificates, on the node; also a key of the volume_context of an export that was made beforehand.
 TLS_DIRECTORY = "tlsDirectory"
 _WATCH_PERIOD_S = 5.0
@@ -198,12 +199,14 @@ class NbdPool:
         """Nothing to do: the server removes at its own start what was interrupted."""
 
     async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
-        """Have the server give the node an epoch and an export of its own, and say where its certificates are."""
+        """Have the server give the node an epoch and an export of its own; say where it, and its certificates, are."""
         await self.check()
         granted = await self._client.publish(volume.id, node_id, read_only=read_only, shared=shared)
         told = {URI: granted.uri, EPOCH: str(granted.epoch)}
         if granted.write_through:
             told[WRITE_THROUGH] = "true"
+        if granted.renewable:
+            told[CONTROL] = str(self._location.address)
         if self._location.node_tls_dir is not None:
             told[TLS_DIRECTORY] = str(self._location.node_tls_dir)
         return told
@@ -276,13 +279,13 @@ def data_path(volume_id: str, publish_context: Mapping[str, str]) -> NbdBackend:
             f"volume {volume_id} was not published to this node",
             hint="ControllerPublishVolume comes first; the CSIDriver object needs attachRequired: true",
         )
-    write_through = WRITE_THROUGH in publish_context
+    write_through, control = WRITE_THROUGH in publish_context, publish_context.get(CONTROL, "")
     if not uri.startswith("nbds"):
-        return NbdBackend(uri, write_through=write_through)
+        return NbdBackend(uri, write_through=write_through, control=control)
     if TLS_DIRECTORY not in publish_context:
         raise FailedPrecondition(
             f"volume {volume_id} is exported over TLS, and this node has no certificates",
             hint="give the pool node-tls=DIR",
         )
     tls = NbdTls(certificates=Path(publish_context[TLS_DIRECTORY]))
-    return NbdBackend(uri, tls, write_through)
+    return NbdBackend(uri, tls, write_through, control)

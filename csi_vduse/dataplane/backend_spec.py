@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ class NbdBackend:
         tls: what TLS is done with; if and only if the URI asks for TLS.
         write_through: every write is made stable before it is answered (FUA): the server forgets what was not
             flushed when its process is killed, and the driver could not know.
+        control: HOST:PORT or unix:PATH of the storage server that renews the export; empty: nobody can be asked. Not
+            compared: it does not make another export of it.
     """
 
     uri: str
     tls: NbdTls | None = None
     write_through: bool = False
+    control: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what can never be connected to."""
@@ -60,12 +63,13 @@ def to_json(spec: ServedBackend) -> dict[str, Any]:
     match spec:
         case FileBackend(path):
             return {"kind": "file", "path": str(path)}
-        case NbdBackend(uri, tls, write_through):
+        case NbdBackend(uri, tls, write_through, control):
             return {
                 "kind": "nbd",
                 "uri": uri,
                 "tls": nbd_uri.tls_to_json(tls),
                 "write_through": write_through,
+                "control": control,
             }
         case NullBackend():
             return {"kind": "null"}
@@ -83,8 +87,9 @@ def from_json(value: dict[str, Any]) -> ServedBackend:
         case {"kind": "file", "path": str(path)} if Path(path).is_absolute():
             return FileBackend(Path(path))
         case {"kind": "nbd", "uri": str(uri), "tls": None | {} as tls}:
-            write_through = value.get("write_through", False)  # records of releases before do not have it
-            return NbdBackend(uri, nbd_uri.tls_from_json(tls), write_through)
+            # Records of earlier releases do not have the rest.
+            write_through, control = value.get("write_through", False), str(value.get("control", ""))
+            return NbdBackend(uri, nbd_uri.tls_from_json(tls), write_through, control)
         case {"kind": "null"}:
             return NullBackend()
         case {"kind": "error"}:

@@ -18,6 +18,9 @@ from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit
 from csi_vduse.errors import InvalidArgument
 
 DEFAULT_PORT: Final = 10809
+# QEMU's names for what is in a folder of certificates.
+CA_FILE: Final = "ca-cert.pem"
+CLIENT_FILES: Final = ("client-cert.pem", "client-key.pem")
 MAX_NAME_BYTES: Final = 4096  # of an export (NBD protocol, "Values", strings)
 _MAX_SOCKET_PATH_BYTES = 107  # unix(7)
 _MAX_PORT = 65535

@@ -123,9 +123,12 @@ class NbdBackend(_message.Message):
     URI_FIELD_NUMBER: _builtins.int
     TLS_FIELD_NUMBER: _builtins.int
     WRITE_THROUGH_FIELD_NUMBER: _builtins.int
+    CONTROL_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     write_through: _builtins.bool
     """what is answered has to outlive the server's process"""
+    control: _builtins.str
+    """of its storage server, which renews the export; empty: nobody does"""
     @_builtins.property
     def tls(self) -> Global___NbdTls:
         """if the URI asks for TLS"""
@@ -136,10 +139,11 @@ class NbdBackend(_message.Message):
         uri: _builtins.str = ...,
         tls: Global___NbdTls | None = ...,
         write_through: _builtins.bool = ...,
+        control: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls", "uri", b"uri", "write_through", b"write_through"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control", b"control", "tls", b"tls", "uri", b"uri", "write_through", b"write_through"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

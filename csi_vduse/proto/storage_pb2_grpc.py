@@ -84,6 +84,11 @@ class StorageStub:
                 request_serializer=storage__pb2.UnpublishRequest.SerializeToString,
                 response_deserializer=storage__pb2.UnpublishResponse.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/csi_vduse.storage.v1.Storage/Renew',
+                request_serializer=storage__pb2.RenewRequest.SerializeToString,
+                response_deserializer=storage__pb2.Publication.FromString,
+                _registered_method=True)
 
 
 class StorageServicer:
@@ -159,6 +164,16 @@ class StorageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """Closes what is served to a node for good, and serves another export, of the next epoch, in its place: for the node
+        itself, before another process serves the volume there. Nothing that came through the closed one is in flight when
+        this returns; UNAVAILABLE if something still is, and a retry goes on waiting. Who knows the name that Publish gave may
+        ask. Publish goes on to answer as before. NOT_FOUND if no volume is published under the name (any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -211,6 +226,11 @@ def add_StorageServicer_to_server(servicer, server):
                     servicer.Unpublish,
                     request_deserializer=storage__pb2.UnpublishRequest.FromString,
                     response_serializer=storage__pb2.UnpublishResponse.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=storage__pb2.RenewRequest.FromString,
+                    response_serializer=storage__pb2.Publication.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -483,6 +503,33 @@ class Storage:
             '/csi_vduse.storage.v1.Storage/Unpublish',
             storage__pb2.UnpublishRequest.SerializeToString,
             storage__pb2.UnpublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/csi_vduse.storage.v1.Storage/Renew',
+            storage__pb2.RenewRequest.SerializeToString,
+            storage__pb2.Publication.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from csi_vduse.agent import renewal
 from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend
 from csi_vduse.dataplane.nbd_config import probe
 from csi_vduse.errors import InvalidArgument
@@ -31,5 +32,7 @@ async def _ask(threads: BlockingPool, backend: BackendSpec) -> Export:
     """Ask an NBD server what an export is."""
     if not isinstance(backend, NbdBackend):
         raise InvalidArgument(f"{backend} has no server that could be asked about it")
+    if backend.control:
+        backend = await renewal.current(backend)
     found = await threads.run(DEFAULT_TIMEOUT_S, partial(probe, backend, timeout_s=_SERVER_TIMEOUT_S))
     return Export(found.size_bytes, found.min_block_bytes, found.read_only, found.multi_conn)

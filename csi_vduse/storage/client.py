@@ -12,10 +12,9 @@ from typing import TypeVar
 
 import grpc
 
-from csi_vduse.agent import wire
-from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from csi_vduse.agent.storage_channel import answered, open_channel
 from csi_vduse.proto import storage_pb2, storage_pb2_grpc
-from csi_vduse.storage.config import CA_FILE, CLIENT_FILES, Address
+from csi_vduse.storage.config import Address
 from csi_vduse.storage.model import Key, Kind
 
 T = TypeVar("T")
@@ -43,6 +42,7 @@ class Granted:
     epoch: int
     uri: str
     write_through: bool = False
+    renewable: bool = False
 
 
 class StorageClient:
@@ -135,7 +135,7 @@ class StorageClient:
             volume_id=volume_id, node_id=node_id, read_only=read_only, shared=shared
         )
         answer = await self._call(self._stub.Publish(request, timeout=_ACT_TIMEOUT_S))
-        return Granted(answer.epoch, answer.uri, answer.write_through)
+        return Granted(answer.epoch, answer.uri, answer.write_through, answer.renewable)
 
     async def unpublish(self, volume_id: str, node_id: str = "") -> None:
         """Take a volume back from a node, or from all."""
@@ -145,44 +145,9 @@ class StorageClient:
     @property
     def _stub(self) -> storage_pb2_grpc.StorageAsyncStub:
         if self._stub_ is None:
-            # Two servers, one after the other at one address, are two to us; and one that is back is soon found.
-            options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 2000))
-            target = str(self._address)
-            self._channel = (
-                grpc.aio.insecure_channel(target, options=options)
-                if self._tls_dir is None
-                else grpc.aio.secure_channel(target, self._credentials(self._tls_dir), options=options)
-            )
+            self._channel = open_channel(str(self._address), self._tls_dir)
             self._stub_ = storage_pb2_grpc.StorageStub(self._channel)
         return self._stub_
 
-    @staticmethod
-    def _credentials(directory: Path) -> grpc.ChannelCredentials:
-        certificate, key = (directory / name for name in CLIENT_FILES)
-        try:
-            return grpc.ssl_channel_credentials(
-                root_certificates=(directory / CA_FILE).read_bytes(),
-                private_key=key.read_bytes(),
-                certificate_chain=certificate.read_bytes(),
-            )
-        except OSError as error:
-            raise FailedPrecondition(
-                f"credentials for the storage server: {error}",
-                hint=f"{directory} needs {CA_FILE}, {CLIENT_FILES}",
-            ) from error
-
     async def _call(self, call: Awaitable[T]) -> T:
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            spoken = any(key == wire.ERROR_KEY for key, _ in error.trailing_metadata() or ())
-            if spoken:
-                raise wire.error_from_rpc(error) from error
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise DeadlineExceeded(
-                    f"the storage server at {self._address} did not answer in time", hint="retry"
-                ) from error
-            raise Unavailable(
-                f"no storage server answers at {self._address}: {error.details()}",
-                hint="is it running and reachable, and do both ends trust each other's certificates?",
-            ) from error
+        return await answered(call, str(self._address))

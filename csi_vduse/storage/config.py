@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from csi_vduse.dataplane.nbd_uri import CA_FILE
 from csi_vduse.errors import InvalidArgument
 from csi_vduse.storage.model import Format
 
 CONTROLLER_NAME = "csi-vduse-controller"
 DEFAULT_NBD_PORT = 10809
 DEFAULT_CONTROL_PORT = 10808
-# QEMU's names for what is in a directory of credentials.
-CA_FILE = "ca-cert.pem"
-SERVER_FILES = ("server-cert.pem", "server-key.pem")
-CLIENT_FILES = ("client-cert.pem", "client-key.pem")
+SERVER_FILES = ("server-cert.pem", "server-key.pem")  # QEMU's names
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """What the storage server knows of its images, as values, and their JSON form. Nothing here acts.
 
 A publication is the right of one node to use a volume: an epoch, which grows with every publication of the
-volume, and an export of its own. The export's name is never used again: it holds the epoch, and a random part
-that tells apart two volumes that had one name, one after the other.
+volume, and an export of its own, which is replaced by another one, of a later epoch, when the node asks for that. An
+export's name is never used again: it holds the epoch, and a random part that tells apart two volumes that had one name,
+one after the other.
 """
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -45,10 +47,13 @@ class Publication:
 
     Args:
         node_id: whose.
-        epoch: the volume's first is 1.
-        export: name at the NBD server, and id of the export there.
+        epoch: that the node was told; the volume's first is 1.
+        export: that the node was told; it is known by that for as long as it has the volume.
         read_only: the export refuses writes.
         shared: another node may be given write access beside this one.
+        served: the export that there is now: name at the NBD server, and id there. At first `export` itself.
+        served_epoch: of that.
+        replaced: what `served` takes the place of, while it may still be there: `served` is opened when it is closed.
         closing: it has been taken back; written before the export is closed, and the record goes after it.
     """
 
@@ -57,7 +62,15 @@ class Publication:
     export: str
     read_only: bool
     shared: bool
+    served: str
+    served_epoch: int
+    replaced: str = ""
     closing: bool = False
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Every export of it that a daemon may have."""
+        return tuple(filter(None, (self.served, self.replaced)))
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,20 @@ class Image:
     def of_node(self, node_id: str) -> Publication | None:
         """Return the node's publication, if it has one."""
         return next((one for one in self.publications if one.node_id == node_id), None)
+
+    def of_export(self, export: str) -> Publication | None:
+        """Return the publication that a node was told by this name, unless it was taken back."""
+        return next((one for one in self.publications if one.export == export and not one.closing), None)
+
+
+def new_export(volume_id: str, epoch: int) -> str:
+    """Return a name for an export that no other export has had, and that nobody can guess."""
+    return f"{volume_id}.{epoch}.{secrets.token_hex(8)}"
+
+
+def volume_of(export: str) -> Key:
+    """Return which volume an export is of, by its name; nonsense for a name that is not one of ours."""
+    return Key(Kind.VOLUME, export.partition(".")[0])
 
 
 def image_to_json(image: Image) -> dict[str, Any]:
@@ -114,7 +141,7 @@ def image_from_json(record: dict[str, Any]) -> Image:
             format=Format(record["format"]),
             size_bytes=int(record["size_bytes"]),
             epoch=int(record["epoch"]),
-            publications=tuple(Publication(**one) for one in record["publications"]),
+            publications=tuple(_publication_from_json(one) for one in record["publications"]),
             source=Key(Kind(source["kind"]), str(source["id"])) if source else None,
             cut_at_ns=int(record.get("cut_at_ns", 0)),
         )
@@ -123,6 +150,11 @@ def image_from_json(record: dict[str, Any]) -> Image:
             f"record of image {record.get('id', '?')!r} is damaged: {error!r}",
             hint="restore the file from a backup of the storage server's directory",
         ) from error
+
+
+def _publication_from_json(record: dict[str, Any]) -> Publication:
+    # Releases that could not renew an export recorded one only.
+    return Publication(**{"served": record["export"], "served_epoch": record["epoch"], **record})
 
 
 def objection(image: Image, *, node_id: str, read_only: bool, shared: bool) -> str:

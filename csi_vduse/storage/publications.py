@@ -1,23 +1,32 @@
-"""Who has which volume: publications given and taken back, and a daemon made to serve exactly those.
+"""Who has which volume: publications given, renewed and taken back, and a daemon made to serve exactly those.
 
 Kept true, at every point where this process or its daemon may die: the record is written before the act, and
 `recover` makes a daemon serve what the records say: no export without a publication, no publication without an
-export. A publication that was taken back is never served again: its export's name is used once.
+export. A publication that was taken back is never served again, nor is an export that was replaced: its name is used
+once. What replaces it is opened when nothing that came through it is in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from csi_vduse import log
-from csi_vduse.errors import AlreadyExists, FailedPrecondition, Unavailable, VduseError
+from csi_vduse.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable, VduseError
 from csi_vduse.run import run
 from csi_vduse.storage.block import Block, Seen
 from csi_vduse.storage.core import Core, node_of
-from csi_vduse.storage.model import Format, Image, Key, Kind, Publication, objection
+from csi_vduse.storage.model import (
+    Format,
+    Image,
+    Key,
+    Kind,
+    Publication,
+    new_export,
+    objection,
+    volume_of,
+)
 from csi_vduse.storage.qmp import Qmp, QmpRefused
 
 _CHECK_TIMEOUT_S = 600.0
@@ -32,7 +41,8 @@ class Published:
     that were answered. What was written to a raw image is the kernel's by then.
     """
 
-    publication: Publication
+    epoch: int
+    export: str
     uri: str
     write_through: bool
 
@@ -75,13 +85,13 @@ class Publications:
                         f"{volume_id} is published at {node_id} {_manner(found)}", hint="unpublish it first"
                     )
                 await self._serve(block, image)
-                return self._published(image, found)
+                return self._published(image, found.epoch, found.export)
             reason = objection(image, node_id=node_id, read_only=read_only, shared=shared)
             if reason:
                 raise FailedPrecondition(f"{volume_id}: {reason}", hint="unpublish it there first")
             epoch = image.epoch + 1
-            export = f"{volume_id}.{epoch}.{secrets.token_hex(8)}"
-            new = Publication(node_id, epoch, export, read_only, shared)
+            export = new_export(volume_id, epoch)
+            new = Publication(node_id, epoch, export, read_only, shared, served=export, served_epoch=epoch)
             image = replace(image, epoch=epoch, publications=(*image.publications, new))
             await self._core.disk(self._core.store.save, image)
             try:
@@ -94,11 +104,51 @@ class Publications:
             log.get().info(
                 "published", volume_id=volume_id, node_id=node_id, epoch=epoch, read_only=read_only
             )
-            return self._published(image, new)
+            return self._published(image, epoch, export)
 
-    def _published(self, image: Image, publication: Publication) -> Published:
-        uri = self._core.config.uri(publication.export)
-        return Published(publication, uri, write_through=image.format is Format.QCOW2)
+    def _published(self, image: Image, epoch: int, export: str) -> Published:
+        uri = self._core.config.uri(export)
+        return Published(epoch, export, uri, write_through=image.format is Format.QCOW2)
+
+    async def renew(self, export: str, instead_of: str) -> Published:
+        """Close what is served to a node for good and serve another export, of the next epoch, in its place.
+
+        Nothing that came through the closed one is in flight when this returns. The node is known as before: `publish`
+        gives what it gave.
+
+        Args:
+            export: what `publish` named. Who knows it may ask.
+            instead_of: what is to be closed. If that is not what is served now, nothing is closed: this is a request
+                again whose answer was lost, or one that comes so late that others have gone on.
+
+        Returns:
+            What is served now.
+
+        Raises:
+            NotFound: no volume is published under this name (any more).
+            Unavailable: requests are still in flight; a retry goes on waiting.
+        """
+        key = volume_of(export)
+        async with self._core.alone(key):
+            image = await self._core.require(key)
+            block = self._core.require_block()
+            found = image.of_export(export)
+            if found is None:
+                raise NotFound(
+                    f"{key.id} is not published under this name",
+                    hint="it was taken back from the node: unstage the volume there, and stage it again",
+                )
+            image = await self._serve(block, image)
+            if found.served == instead_of:
+                epoch = image.epoch + 1
+                found = replace(
+                    found, served=new_export(key.id, epoch), served_epoch=epoch, replaced=found.served
+                )
+                image = replace(_with(image, found), epoch=epoch)
+                await self._core.disk(self._core.store.save, image)
+                await self._serve(block, image)
+                log.get().info("renewed", volume_id=key.id, node_id=found.node_id, epoch=epoch)
+            return self._published(image, found.served_epoch, found.served)
 
     async def unpublish(self, volume_id: str, node_id: str = "") -> None:
         """Take a volume back from a node, or from all; nothing of theirs is in flight when this returns.
@@ -157,49 +207,60 @@ class Publications:
             else:
                 self._unserved.discard(key)
 
-    async def resume(self, block: Block, image: Image) -> None:
+    async def resume(self, block: Block, image: Image) -> Image:
         """Serve a volume again whose exports were closed for a moment; what does not work now is tried again.
 
-        The caller has the image for itself.
+        The caller has the image for itself. Returns it as it is recorded then.
         """
         try:
-            await self._serve(block, image)
+            return await self._serve(block, image)
         except VduseError as error:
             log.get().error("volume cannot be served yet", volume_id=image.key.id, error=str(error))
             self._unserved.add(image.key)
+            return image
 
     async def _close_publications(self, block: Block, image: Image, unwanted: Iterable[Publication]) -> Image:
         """Close exports for good: record that, close, record that it is done."""
-        names = {one.export for one in unwanted}
+        going = {one.export for one in unwanted}
         marked = tuple(
-            replace(one, closing=True) if one.export in names else one for one in image.publications
+            replace(one, closing=True) if one.export in going else one for one in image.publications
         )
         image = replace(image, publications=marked)
         await self._core.disk(self._core.store.save, image)
-        for name in sorted(names):
-            await block.remove_export(name)
-        image = replace(image, publications=tuple(one for one in marked if one.export not in names))
+        for one in marked:
+            if one.export in going:
+                for name in one.exports:
+                    await block.remove_export(name)
+        image = replace(image, publications=tuple(one for one in marked if one.export not in going))
         if not image.publications and not self._core.copied[image.key]:
             await block.close(node_of(image))
         await self._core.disk(self._core.store.save, image)
         return image
 
-    async def _serve(self, block: Block, image: Image) -> None:
-        """Have an export for every open publication."""
+    async def _serve(self, block: Block, image: Image) -> Image:
+        """Have an export for every open publication, once what it replaces is closed; return what is recorded then."""
         await block.open(node_of(image), self._core.store.image_path(image), image.format)
         for one in image.publications:
+            if one.replaced and not one.closing:
+                await block.remove_export(one.replaced)
+                image = _with(image, replace(one, replaced=""))
+                await self._core.disk(self._core.store.save, image)
+        for one in image.publications:
             if not one.closing:
-                await block.add_export(one.export, node_of(image), read_only=one.read_only)
+                await block.add_export(one.served, node_of(image), read_only=one.read_only)
+        return image
 
     async def _remove_strays(self, block: Block, seen: Seen, images: Iterable[Image]) -> None:
         """Remove what a daemon has that no record asks for: copies begun, exports taken back, nodes of both."""
         for job in sorted(seen.jobs):
             await block.end_job(job)
-        published = {one.export for image in images for one in image.publications if not one.closing}
+        published = {one.served for image in images for one in image.publications if not one.closing}
         for export in sorted(seen.exports - published):
             try:
                 await block.remove_export(export)
-            except Unavailable as error:  # cut off, but not empty: its record says that it is closing
+            except (
+                Unavailable
+            ) as error:  # cut off, but not empty: its record says that it is closing, or replaced
                 log.get().error("an export is not closed yet", export=export, error=str(error))
         wanted = {node_of(image) for image in images if image.publications}
         for node in sorted(seen.nodes - wanted):
@@ -213,6 +274,12 @@ class Publications:
         if image.format is Format.QCOW2:
             path = str(self._core.store.image_path(image))
             await run(["qemu-img", "check", "-q", "-r", "leaks", path], timeout_s=_CHECK_TIMEOUT_S)
+
+
+def _with(image: Image, changed: Publication) -> Image:
+    """Return an image with one of its publications changed."""
+    publications = tuple(changed if one.export == changed.export else one for one in image.publications)
+    return replace(image, publications=publications)
 
 
 def _manner(publication: Publication) -> str:

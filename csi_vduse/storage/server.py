@@ -149,11 +149,11 @@ class StorageServer:
                 await self._opened(block, image, undo)
                 if await block.size_bytes(node_of(image)) < size_bytes:
                     try:
-                        for one in image.publications:
-                            await block.remove_export(one.export)
+                        for name in (name for one in image.publications for name in one.exports):
+                            await block.remove_export(name)
                         await block.resize(node_of(image), size_bytes)
                     finally:
-                        await self._publications.resume(block, image)
+                        image = await self._publications.resume(block, image)
             await self._core.disk(
                 self._core.store.save, replace(image, size_bytes=max(image.size_bytes, size_bytes))
             )
@@ -197,6 +197,10 @@ class StorageServer:
     async def publish(self, volume_id: str, node_id: str, *, read_only: bool, shared: bool) -> Published:
         """See Publications.publish."""
         return await self._publications.publish(volume_id, node_id, read_only=read_only, shared=shared)
+
+    async def renew(self, export: str, instead_of: str) -> Published:
+        """See Publications.renew."""
+        return await self._publications.renew(export, instead_of)
 
     async def unpublish(self, volume_id: str, node_id: str = "") -> None:
         """See Publications.unpublish."""

@@ -18,10 +18,12 @@ import structlog
 from csi_vduse import __version__, log
 from csi_vduse.agent import wire
 from csi_vduse.agent.server import claim_socket
+from csi_vduse.dataplane.nbd_uri import CA_FILE
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, PermissionDenied, VduseError
 from csi_vduse.proto import storage_pb2, storage_pb2_grpc
-from csi_vduse.storage.config import CA_FILE, SERVER_FILES, ServerConfig, Tls
-from csi_vduse.storage.model import Key, Kind
+from csi_vduse.storage.config import SERVER_FILES, ServerConfig, Tls
+from csi_vduse.storage.model import Key, Kind, volume_of
+from csi_vduse.storage.publications import Published
 from csi_vduse.storage.server import ImageStatus, StorageServer
 
 T = TypeVar("T")
@@ -146,10 +148,7 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         act = self._server.publish(
             request.volume_id, request.node_id, read_only=request.read_only, shared=request.shared
         )
-        published = await self._carry("Publish", request.volume_id, context, act)
-        return storage_pb2.Publication(
-            epoch=published.publication.epoch, uri=published.uri, write_through=published.write_through
-        )
+        return _publication(await self._carry("Publish", request.volume_id, context, act))
 
     async def Unpublish(
         self, request: storage_pb2.UnpublishRequest, context: Context
@@ -159,17 +158,32 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         await self._carry("Unpublish", request.volume_id, context, act)
         return storage_pb2.UnpublishResponse()
 
+    async def Renew(self, request: storage_pb2.RenewRequest, context: Context) -> storage_pb2.Publication:
+        """See storage.proto."""
+        act = self._server.renew(request.export, request.instead_of)
+        volume_id = volume_of(request.export).id
+        return _publication(await self._carry("Renew", volume_id, context, act, of_nodes=True))
+
     async def drain(self) -> None:
         """Let calls end whose callers have gone."""
         if self._running:
             await asyncio.wait(self._running, timeout=_GRACE_S)
 
-    async def _carry(self, rpc: str, image_id: str, context: Context, act: Coroutine[Any, Any, T]) -> T:
+    async def _carry(
+        self,
+        rpc: str,
+        image_id: str,
+        context: Context,
+        act: Coroutine[Any, Any, T],
+        *,
+        of_nodes: bool = False,
+    ) -> T:
         with structlog.contextvars.bound_contextvars(
             rpc=f"Storage/{rpc}", **({"id": image_id} if image_id else {})
         ):
             try:
-                self._require_controller(context)
+                if not of_nodes:
+                    self._require_controller(context)
             except VduseError as error:
                 act.close()
                 await _abort(context, error)
@@ -183,7 +197,7 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
                 await _abort(context, error)
 
     def _require_controller(self, context: Context) -> None:
-        """Refuse the certificates of nodes: they may use exports, not make them."""
+        """Refuse the certificates of nodes: they may use exports and have their own renewed, no more."""
         if not self._controllers:
             return
         names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())]
@@ -197,6 +211,15 @@ class StorageServicer(storage_pb2_grpc.StorageServicer):
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # marks it as seen: its caller may have gone
+
+
+def _publication(published: Published) -> storage_pb2.Publication:
+    return storage_pb2.Publication(
+        epoch=published.epoch,
+        uri=published.uri,
+        write_through=published.write_through,
+        renewable=True,
+    )
 
 
 def _key(kind: int, image_id: str) -> Key:

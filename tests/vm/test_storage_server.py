@@ -8,16 +8,18 @@ ControllerPublishVolume, as a node whose registry does not have the volume.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from tests.vm.conftest import wait_until
+from tests.vm.conftest import kill, wait_until
 from tests.vm.csi import MIB, Driver, Volume, block, mount, refused
 from tests.vm.exports import tool
 from tests.vm.test_sanity import standalone, storage_server
@@ -193,6 +195,53 @@ def plain_server(name: str, image: Path, socket: Path, directory: Path) -> tuple
     return ["nbd-server", "-C", str(config), "-p", str(directory / "pid")], "nbd://127.0.0.1:10899/x"
 
 
+def attachment_record(driver: Driver, volume: Volume) -> dict[str, Any]:
+    """What the agent has written down about a volume."""
+    return json.loads((driver.directory / f"run/volumes/{volume.id}/record.json").read_text())
+
+
+def served_uri(driver: Driver, volume: Volume) -> str:
+    """Where a volume's worker finds its export, which is another one than was published."""
+    uri: str = attachment_record(driver, volume)["backend"]["uri"]
+    return uri
+
+
+def test_each_worker_has_an_export_of_its_own_and_nothing_is_published_anew(
+    first: Driver, server: Path
+) -> None:
+    volume = first.create("renewed", SIZE_MIB)
+    told = first.give(volume, NODE, block())
+    first.stage(volume, block(), told=told)
+    disk = first.publish(volume, "renewed", block())
+    uris = [told["uri"], served_uri(first, volume)]
+    expected = b""
+    for _ in range(3):
+        pid = attachment_record(first, volume)["worker_pid"]
+        kill(pid)
+        data = os.urandom(MIB)
+        write(disk, data, len(expected))
+        expected += data
+        wait_until(lambda dead=pid: attachment_record(first, volume)["worker_pid"] != dead, "another worker")
+        uris.append(served_uri(first, volume))
+    assert len(set(uris)) == len(uris)
+    assert first.give(volume, NODE, block()) == told
+    first.stage(volume, block(), told=told)
+    assert read(disk, len(expected)) == expected
+    for _ in range(2):  # as a node that was reset stages again what it had been given
+        first.unpublish(volume, "renewed")
+        first.unstage(volume)
+        first.stage(volume, block(), told=told)
+        disk = first.publish(volume, "renewed", block())
+        assert served_uri(first, volume) not in uris
+        uris.append(served_uri(first, volume))
+        assert read(disk, len(expected)) == expected
+    first.unpublish(volume, "renewed")
+    first.unstage(volume)
+    first.take(volume, NODE)
+    first.delete(volume)
+    assert first.leftovers() == []
+
+
 def test_a_node_that_lost_its_volume_cannot_write_any_more(
     first: Driver, server: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -225,7 +274,7 @@ def test_a_node_that_lost_its_volume_cannot_write_any_more(
         second.unpublish(there, "fenced")
         second.unstage(there)
         first.take(volume, OTHER_NODE)
-    with decoy(server, told["uri"]):
+    with decoy(server, served_uri(first, volume)):
         late.wait(120)
         first.unpublish(volume, "fenced")
         first.unstage(volume)
@@ -236,7 +285,7 @@ def test_a_node_that_lost_its_volume_cannot_write_any_more(
 def decoy(server: Path, uri: str) -> Iterator[None]:
     """Let the first node's held write end, so that its disk can be removed: into a void of the export's name.
 
-    The storage server is stopped for it, and with it all that was right.
+    The storage server is stopped for it, and with it all that was right: this comes last.
     """
     export = uri.partition("///")[2].partition("?")[0]
     pid = daemon_pid(server)

@@ -85,7 +85,7 @@ async def node(loop_node: LoopNode, server: StorageServer, tmp_path: Path) -> As
 
 async def told(server: StorageServer, node_id: str = "node-1") -> dict[str, str]:
     published = await server.publish("v1", node_id, read_only=False, shared=False)
-    return {"uri": published.uri, "epoch": str(published.publication.epoch)}
+    return {"uri": published.uri, "epoch": str(published.epoch)}
 
 
 def staging(node: LoopNode) -> str:

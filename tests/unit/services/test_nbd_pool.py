@@ -1,9 +1,11 @@
 """Volumes of a storage server over the controller: real server, real daemon, content seen through NBD."""
 
 import time
+from unittest.mock import AsyncMock
 
 import pytest
 
+from csi_vduse.agent.renewal import renewed
 from csi_vduse.backends.nbd import NbdPool, data_path, parse_location
 from csi_vduse.backends.pools import open_pools
 from csi_vduse.config import parse_pool
@@ -17,7 +19,8 @@ from csi_vduse.errors import (
     Unavailable,
 )
 from csi_vduse.proto import csi_pb2
-from csi_vduse.storage.client import StorageClient
+from csi_vduse.services.foreign import foreign_volumes
+from csi_vduse.storage.client import Granted, StorageClient
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
@@ -122,6 +125,28 @@ async def test_each_publication_is_an_epoch_and_its_end_a_fence(server, stack):
     assert new.read(0, 5) == b"first"
     old.close()
     new.close()
+
+
+async def test_a_node_that_had_its_export_renewed_is_published_as_before_and_its_server_says_how_large_it_is(
+    server, stack, config, tmp_path
+):
+    volume = await stack.create()
+    told = await publish(stack, volume)
+    assert told["control"] == str(config.control)
+    asked = data_path(volume.volume_id, told)
+    node = NbdClient((await renewed(asked, None)).uri)
+    assert await publish(stack, volume) == told
+    with foreign_volumes(tmp_path / "foreign") as foreign:
+        assert (await foreign.ask(asked)).size_bytes == volume.capacity_bytes
+    assert node.read(0, 1) == bytes(1), "asking has cut the node off"
+    node.close()
+
+
+async def test_a_server_of_an_earlier_release_is_not_asked_for_what_it_cannot(server, stack, monkeypatch):
+    volume = await stack.create()
+    granted = Granted(1, "nbd+unix:///x?socket=/s")
+    monkeypatch.setattr(StorageClient, "publish", AsyncMock(return_value=granted))
+    assert "control" not in await publish(stack, volume)
 
 
 async def test_a_node_that_may_only_read_is_told_so(server, stack):
@@ -294,8 +319,9 @@ def test_a_node_needs_what_publishing_told_and_its_certificates(tmp_path):
     assert data_path("v", {"uri": "nbd://h/e"}) == NbdBackend("nbd://h/e")
     through = {"uri": "nbd://h/e", "writeThrough": "true"}
     assert data_path("v", through) == NbdBackend("nbd://h/e", write_through=True)
-    over_tls = {"uri": "nbds://h/e", "tlsDirectory": str(tmp_path)}
+    over_tls = {"uri": "nbds://h/e", "tlsDirectory": str(tmp_path), "control": "h:1"}
     assert data_path("v", over_tls) == NbdBackend("nbds://h/e", NbdTls(tmp_path))
+    assert data_path("v", over_tls).control == data_path("v", {**through, "control": "h:1"}).control == "h:1"
     with pytest.raises(FailedPrecondition, match="not published"):
         data_path("v", {})
     with pytest.raises(FailedPrecondition, match="no certificates"):

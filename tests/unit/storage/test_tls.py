@@ -7,7 +7,9 @@ import ssl
 
 import pytest
 
-from csi_vduse.errors import PermissionDenied, Unavailable
+from csi_vduse.agent.renewal import current, renewed
+from csi_vduse.dataplane.backend_spec import NbdBackend, NbdTls
+from csi_vduse.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable
 from csi_vduse.storage.client import StorageClient
 from csi_vduse.storage.config import CONTROLLER_NAME, Address, ServerConfig, Tls
 from csi_vduse.storage.server import StorageServer
@@ -111,6 +113,33 @@ async def test_a_node_gives_no_orders(address, directories):
     async with client(address, directories["node"]) as node:
         with pytest.raises(PermissionDenied, match="node-1"):
             await node.unpublish("v1")
+
+
+async def test_a_node_has_its_own_export_renewed_by_the_name_that_only_it_was_told(address, directories):
+    uri, tls = await published(address, directories), NbdTls(certificates=directories["node"])
+    told = NbdBackend(uri, tls, control=str(address))
+    served = await renewed(told, None)
+    assert await current(told) == served
+    with pytest.raises(Refused):
+        await asyncio.to_thread(NbdClient, uri, tls_context(directories["node"]))
+    node = await asyncio.to_thread(NbdClient, served.uri, tls_context(directories["node"]))
+    with pytest.raises(NotFound):  # what the NBD server lists to everybody is no right to ask
+        await renewed(served, None)
+    node.write(0, b"mine" * 128)
+    node.close()
+
+
+async def test_who_cannot_show_a_certificate_has_nothing_renewed(address, directories, tmp_path):
+    uri = await published(address, directories)
+    foreign = Authority(tmp_path / "foreign", "foreign").issue("client", "node-1")
+    for told, refusal in (
+        (NbdBackend(uri, NbdTls(certificates=foreign), control=str(address)), Unavailable),
+        (NbdBackend(uri, NbdTls(certificates=tmp_path), control=str(address)), FailedPrecondition),
+        (NbdBackend(uri.replace("nbds:", "nbd:"), control=str(address)), Unavailable),
+    ):
+        with pytest.raises(refusal):
+            await renewed(told, None)
+    (await asyncio.to_thread(NbdClient, uri, tls_context(directories["node"]))).close()
 
 
 async def test_who_does_not_speak_tls_gives_no_orders(address):
