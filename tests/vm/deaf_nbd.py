@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -79,10 +80,12 @@ class DeafServer:
                 connection.sendall(struct.pack(">QIII", _REPLIES, option, _UNSUP, 0))
 
     def _serve_command(self, connection: socket.socket, number: int) -> bool:
-        header = _receive(connection, 1)  # it may be deaf by the time there is something
+        # It may be deaf by the time there is something; and then nothing leaves the kernel, not even a record of TLS.
+        if not (isinstance(connection, ssl.SSLSocket) and connection.pending()):
+            select.select([connection], [], [])
         if number == 0:
             self._hears.wait()
-        header += _receive(connection, 27)
+        header = _receive(connection, 28)
         _, _, kind, cookie, offset, length = struct.unpack(">IHHQQI", header)
         if kind == _GOODBYE:
             return False
