@@ -8,11 +8,15 @@ RESULTS := $(or $(LAB_RESULTS),$(or $(CSI_VDUSE_CACHE),.cache)/results)
 STAMP := $(VENV)/.installed
 ENGINE := $(wildcard csi_vduse/dataplane/src/*.[ch] csi_vduse/dataplane/src/backends/*.c csi_vduse/dataplane/src/backends/*/*.[ch] csi_vduse/dataplane/decl/*.h)
 SHELL := /bin/sh
-IN_VM := $(BIN)/python -m lab run --timeout 3600 -- $(BIN)/python -m pytest -q -p no:cacheprovider
+PYTEST = $(BIN)/python -m pytest -q --junitxml=$(RESULTS)/$@.xml
+# Where the suites for a VDUSE kernel run: user-mode Linux, quick; or LAB=qemu, host. Emulated: what the other cannot test.
+LAB ?= uml
+IN_LAB = LAB=$(LAB) $(BIN)/python -m lab run --timeout 3600 -- $(PYTEST) -p no:cacheprovider
+IN_EMULATED = LAB=qemu $(BIN)/python -m lab run --timeout 7200 -- $(PYTEST) -p no:cacheprovider
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-lab test-vm test-power-cut test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-pauses bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-deps lab-build test-lab test-vm test-power-cut test-emulated test-kernels test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-pauses bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,30 +37,32 @@ lab-deps: install
 	@lab/install-deps.sh
 	@$(BIN)/python -m lab prepare
 
-demo: lab-deps ## the main job on a real VDUSE kernel, in a VM: minutes
-	@$(call TIMED,$(BIN)/python -m lab run --timeout 900 -- $(BIN)/python -m lab.demo)
+demo: lab-deps ## the main job on a real VDUSE kernel: in user-mode Linux if it has been built, else in a VM
+	@$(call TIMED,LAB=any $(BIN)/python -m lab run --timeout 900 -- $(BIN)/python -m lab.demo)
 
-test: ## all tests: native ones, the engine under sanitizers, the lab, the VM suite, chaos, a cluster
-	@$(call TIMED,$(MAKE) --no-print-directory test-unit && $(MAKE) --no-print-directory test-helm && \
-		$(MAKE) --no-print-directory test-sanity && \
-		$(MAKE) --no-print-directory test-ring && \
-		$(MAKE) --no-print-directory test-fuzz && \
-		$(MAKE) --no-print-directory test-vhost-user && $(MAKE) --no-print-directory test-lab && $(MAKE) --no-print-directory test-vm && \
-		$(MAKE) --no-print-directory test-chaos && $(MAKE) --no-print-directory test-cluster)
+test: install ## all tests: native ones, the engine under sanitizers, the lab, the VM suite, chaos, a cluster
+	@$(BIN)/python tools/run_tests.py --results $(RESULTS)
+
+test-deps: fuzz-deps
+	@lab/install-deps.sh
+	@lab/install-cluster-deps.sh
+
+lab-build: install
+	@nice $(BIN)/python -m lab prepare --all
 
 test-unit: install ## unit tests: seconds, no kernel
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/unit)
+	@$(call TIMED,$(PYTEST) tests/unit)
 
 test-helm: install ## the Helm chart: lint, schema, renders, rights; builds Helm once
 	@tools/build_helm.sh >/dev/null
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/helm)
+	@$(call TIMED,$(PYTEST) tests/helm)
 
 test-sanity: install ## csi-sanity natively: standalone, and controller and node plugin over custom resources
 	@tools/build_csi_sanity.sh >/dev/null
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/sanity)
+	@$(call TIMED,$(PYTEST) tests/sanity)
 
 test-ring: install ## the C engine against a driver of the tests, under ASan, UBSan and TSan
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/ring)
+	@$(call TIMED,$(PYTEST) tests/ring)
 
 fuzz-deps: install
 	@tools/install-fuzz-deps.sh
@@ -70,29 +76,37 @@ fuzz: fuzz-deps ## the fuzzers for long: FUZZ_SECONDS each (1200), FUZZERS="spli
 
 test-vhost-user: lab-deps ## the vhost-user server against libblkio and QEMU guests; no VM of the lab, no root
 	@$(BIN)/python -m lab.vhost_client
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/vhost_user)
+	@$(call TIMED,$(PYTEST) tests/vhost_user)
 
 test-lab: lab-deps ## the lab itself: exit codes, timeouts, a kernel panic
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/lab)
+	@$(call TIMED,$(PYTEST) tests/lab)
 
-test-vm: lab-deps ## what touches the kernel, in one boot of the VM; csi-sanity and remote volumes among it
+test-vm: lab-deps ## what touches the kernel, in one boot; csi-sanity and remote volumes among it
 	@tools/build_csi_sanity.sh
-	@$(call TIMED,$(IN_VM) tests/vm --junitxml=$(RESULTS)/vm.xml)
+	@$(call TIMED,$(IN_LAB) tests/vm --lane=native)
 
 chaos-tools: lab-deps
 	@$(MAKE) --no-print-directory --silent -C tests/chaos
 
-test-power-cut: chaos-tools ## the machine loses power while it writes: what was flushed is there, in order
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host)
+test-chaos: chaos-tools ## everything that can die or hang does, under verified I/O, a few times
+	@$(call TIMED,$(IN_LAB) tests/chaos/vm --lane=native)
 
-test-chaos: test-power-cut ## everything that can die or hang does, under verified I/O, a few times
-	@$(call TIMED,$(IN_VM) tests/chaos/vm --junitxml=$(RESULTS)/chaos.xml)
+test-power-cut: chaos-tools ## the machine loses power while it writes: what was flushed is there, in order
+	@$(call TIMED,$(PYTEST) tests/chaos/host)
+
+test-emulated: chaos-tools ## on Debian's kernel, emulated: what needs several processors, or that kernel
+	@$(call TIMED,$(IN_EMULATED) tests/vm tests/chaos/vm --lane=emulated)
+
+test-kernels: chaos-tools ## all that touches the kernel on each: Debian's 6.12 and newest, user-mode Linux; hours
+	@tools/build_csi_sanity.sh
+	@$(call TIMED,for kernel in 6.12 sid; do LAB_KERNEL=$$kernel $(IN_EMULATED) tests/vm tests/chaos/vm || exit; done; \
+		LAB=uml $(BIN)/python -m lab run --timeout 3600 -- $(PYTEST) -p no:cacheprovider tests/vm tests/chaos/vm)
 
 CHAOS_SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 chaos: chaos-tools ## the same hundreds of times: hours; CHAOS_SEED=N repeats the choices of an earlier run
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/chaos/host --chaos=long --chaos-seed=$(CHAOS_SEED) && \
-		$(BIN)/python -m lab run --timeout 28800 -- $(BIN)/python -m pytest -q -p no:cacheprovider \
-			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED) --junitxml=$(RESULTS)/chaos-long.xml)
+	@$(call TIMED,$(PYTEST) tests/chaos/host --chaos=long --chaos-seed=$(CHAOS_SEED) && \
+		LAB=$(LAB) $(BIN)/python -m lab run --timeout 28800 -- $(PYTEST) -p no:cacheprovider \
+			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED))
 
 cluster-deps: lab-deps
 	@lab/install-cluster-deps.sh
@@ -111,10 +125,10 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 	@$(call TIMED,$(BIN)/python -m lab.demo_kubernetes $(STORY))
 
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e --junitxml=$(RESULTS)/e2e.xml)
+	@$(call TIMED,$(PYTEST) tests/e2e)
 
 test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that is started, and ended: 15 minutes
-	@$(call TIMED,$(BIN)/python -m pytest -q tests/e2e -k life --junitxml=$(RESULTS)/cluster.xml; \
+	@$(call TIMED,$(PYTEST) tests/e2e -k life; \
 		passed=$$?; $(BIN)/python -m lab.cluster down; test $$passed = 0)
 
 FOCUS ?=

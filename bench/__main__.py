@@ -85,7 +85,7 @@ def _in_a_machine(part: str, options: argparse.Namespace) -> None:
     busy = f"{os.getloadavg()[0]:.2f}"  # a guest cannot see what else its host does
     with ExitStack() as up:
         nic = up.enter_context(_storage_machine()) if part == "remote" else None
-        machine = up.enter_context(Machine(options.name, nic=nic))
+        machine = up.enter_context(Machine(options.name, kind="qemu", nic=nic))
         code = machine.stream(
             argv, timeout_s=_PAUSE_S if part == "pause" else _PART_S, env={"LAB_HOST_LOAD": busy}
         )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from lab import kernel as kernels
-from lab import vhost_client, virtiofsd
+from lab import uml_kernel, vhost_client, virtiofsd
 from lab.errors import CommandTimeout, LabError
 from lab.host import say
 from lab.local import LocalMachine
@@ -80,9 +80,10 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "exec":
             add_command(sub)
     action("kernel", "get the kernel and print its release and path", _kernel)
-    action(
+    sub = action(
         "prepare", "get everything that a machine needs, so that later boots are offline and quick", _prepare
     )
+    sub.add_argument("--all", action="store_true", help="build user-mode Linux too: some minutes, once")
     return parser
 
 
@@ -150,6 +151,8 @@ def _kernel(_options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     virtiofsd.obtain()
     vhost_client.obtain()
+    if options.all:
+        uml_kernel.obtain()
     return _kernel(options)
 
 

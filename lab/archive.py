@@ -75,7 +75,7 @@ def _fetch(packages: list[str], options: list[str], target: Path) -> None:
 
 
 def _packages(metapackage: str, options: list[str]) -> list[str]:
-    """The concrete packages: the image, and what it is split into in newer releases."""
+    """The concrete packages: the source, or the image and what it is split into in newer releases."""
     found: list[str] = []
     wanted = [metapackage]
     while wanted:
@@ -85,7 +85,7 @@ def _packages(metapackage: str, options: list[str]) -> list[str]:
         except LabSetupError:
             return []
         for needed in re.findall(
-            r"^ *Depends: (linux-(?:image|binary|modules)-\d\S*)$", answer, re.MULTILINE
+            r"^ *Depends: (linux-(?:image|binary|modules|source)-\d\S*)$", answer, re.MULTILINE
         ):
             if needed not in found:
                 found.append(needed)

@@ -76,14 +76,16 @@ class Channel:
         self._log = config.with_name("ssh.log")
 
     @classmethod
-    def create(cls, folder: Path, sockets: Path, port: int) -> "Channel":
-        """Write the configuration for a guest whose keys are in `folder`; the socket goes to `sockets`."""
+    def create(cls, folder: Path, sockets: Path, reached: Mapping[str, str]) -> "Channel":
+        """Write the configuration for a guest whose keys are in `folder`.
+
+        sockets: where the socket goes; reached: options that say where the guest's server is.
+        """
         known = folder / "known_hosts"
         known.write_text("guest " + " ".join((folder / "host_key.pub").read_text().split()[:2]) + "\n")
         settings = {
-            "HostName": "127.0.0.1",
+            **reached,
             "HostKeyAlias": "guest",
-            "Port": port,
             "User": "root",
             "IdentityFile": folder / "id",
             "IdentitiesOnly": "yes",

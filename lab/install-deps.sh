@@ -4,7 +4,7 @@
 # What it keeps true: it touches nothing but packages; kernels and virtiofsd go to the cache (python -m lab prepare).
 set -eu
 
-packages="qemu-system-x86 qemu-utils openssh-client openssh-server udev iproute2 kmod busybox-static file procps \
+packages="qemu-system-x86 qemu-utils openssh-client openssh-server bubblewrap udev iproute2 kmod busybox-static file procps \
     util-linux e2fsprogs xfsprogs btrfs-progs fio nbdkit nbd-server openssl debian-archive-keyring ca-certificates"
 installed() { dpkg-query -W -f '${db:Status-Abbrev}\n' "$1" 2>/dev/null | grep -q '^ii'; }
 missing() { for package in "$@"; do installed "$package" || printf '%s ' "$package"; done; }

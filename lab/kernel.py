@@ -54,14 +54,14 @@ def _from_archive(name: str, metapackage: str, release: Release, *, host_first: 
             unpacked = Path(work) / "root"
             unpack_kernel(metapackage, release, unpacked, host_first=host_first)
             _prepare(unpacked)
-            _move_into_place(unpacked, root)
+            move_into_place(unpacked, root)
     return _from_tree(root)
 
 
 def _prepare(root: Path) -> None:
     if not (root / "lib").exists():  # packages of merged-/usr releases
         (root / "lib").symlink_to("usr/lib")
-    release = _release(root)
+    release = release_of(root)
     for packed in (root / "lib" / "modules" / release).rglob("*.ko.xz"):
         with lzma.open(packed) as source, packed.with_suffix("").open("wb") as target:
             shutil.copyfileobj(source, target)
@@ -70,7 +70,8 @@ def _prepare(root: Path) -> None:
     run([depmod, "-b", str(root), release], timeout_s=120)
 
 
-def _move_into_place(source: Path, target: Path) -> None:
+def move_into_place(source: Path, target: Path) -> None:
+    """Have a folder of the cache appear at once, or find that another process was faster."""
     try:
         source.rename(target)
     except OSError:
@@ -78,7 +79,8 @@ def _move_into_place(source: Path, target: Path) -> None:
             raise
 
 
-def _release(root: Path) -> str:
+def release_of(root: Path) -> str:
+    """The release of the one kernel whose modules are in a tree; LabSetupError if that is not so."""
     releases = sorted(path.name for path in (root / "lib" / "modules").glob("*"))
     if len(releases) != 1:
         raise LabSetupError(f"{root}/lib/modules has {len(releases)} kernels, one is expected")
@@ -86,7 +88,7 @@ def _release(root: Path) -> str:
 
 
 def _from_tree(root: Path) -> Kernel:
-    release = _release(root)
+    release = release_of(root)
     for image in (root / "boot" / f"vmlinuz-{release}", root / "lib" / "modules" / release / "vmlinuz"):
         if image.is_file():
             return Kernel(release, image, root)

@@ -3,9 +3,9 @@
     with Machine() as machine:
         machine.run(["uname", "-r"]).stdout
 
-How: `lab.qemu` starts QEMU with the host's root file system; `guest/init.sh` prepares the guest and starts
-an SSH server; `lab.channel` runs commands through it. What is kept true:
-- a machine's folder is locked as long as its QEMU lives, because QEMU inherits the lock: names never clash,
+How: `lab.qemu` or `lab.uml` (`LAB=uml`) starts a kernel with the host's root file system; `guest/init.sh` prepares
+the guest and starts an SSH server; `lab.channel` runs commands through it. What is kept true:
+- a machine's folder is locked as long as its process lives, which inherits the lock: names never clash,
   and a folder without a holder is rubbish;
 - every wait has an end, and each way of failing has its error (`lab.errors`) with the kernel's last lines;
 - the process that boots a machine need not stay (`detach`): another one finds it again (`Machine.find`). One
@@ -27,13 +27,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lab import accel, qemu, virtiofsd
 from lab import host as on_host
-from lab import kernel as kernels
+from lab import uml_kernel
 from lab.channel import Channel, Command, Completed
 from lab.errors import BootError, CommandTimeout, GuestDied, GuestHung, GuestPanic, LabError
 from lab.paths import CHECKOUT, machines_dir, results_dir
+from lab.qemu import Qemu
 from lab.tap import Nic
+from lab.uml import Uml
+from lab.vmm import SSH_CARD, STOP_S, Boot, Hardware, Process, Vmm, end_keeper
 
 GIB = 1 << 30
 BOOT_S = 300.0
@@ -41,16 +43,21 @@ ANSWER_S = 120.0
 """How long a guest that is alive may take to run `true`: emulated, on a busy host."""
 
 _READY = "lab: ready"
-_PORT_TAKEN = "Could not set up host forwarding rule"
-# Linux patches its code behind a breakpoint. An emulated CPU may run into the breakpoint of the other one when that has
-# already forgotten it, and the kernel dies (seen with QEMU 7.2, once in some hundred boots).
-_TRIPPED = "Oops: int3"
 
 
 @dataclass(frozen=True)
 class _Running:
-    qemu: qemu.Qemu
+    process: Process
     channel: Channel
+
+
+def _wanted_kind() -> str:
+    wanted = os.environ.get("LAB")
+    return "uml" if wanted == "uml" or (wanted == "any" and uml_kernel.is_built()) else "qemu"
+
+
+def _vmm(kind: str, kernel: str | None) -> Vmm:
+    return Uml() if kind == "uml" else Qemu(kernel)
 
 
 class Machine:
@@ -67,18 +74,22 @@ class Machine:
         scratch_bytes: int = 2 * GIB,
         disk_bytes: int = 0,
         nic: Nic | None = None,
+        kind: str | None = None,
         kernel: str | None = None,
     ) -> None:
         """Describe a machine; `boot` or the context manager starts it.
 
         name: None takes the first free of vm0, vm1, ...; memory: QEMU's notation; scratch_bytes: size of the
         tmpfs on /mnt/scratch; disk_bytes: size of a blank SCSI disk (`DISK`), that keeps its content over
-        `power_cut`; nic: a second network card; kernel: see `lab.kernel`.
+        `power_cut`; nic: a second network card; kind: `qemu` or `uml`; default: `$LAB`, where `any`
+        is user-mode Linux if its kernel has been built, or `qemu`;
+        kernel: see `lab.kernel`.
         """
         self.boot_s = 0.0
         self._name = name
-        self._hardware = qemu.Hardware(memory, cpus, disk_bytes, scratch_bytes, nic)
-        self._kernel = kernel
+        self._hardware = Hardware(memory, cpus, disk_bytes, scratch_bytes, nic)
+        self._kind = kind or _wanted_kind()
+        self._vmm = _vmm(self._kind, kernel)
         self._lock: int | None = None
         self._running: _Running | None = None
 
@@ -95,10 +106,12 @@ class Machine:
             raise LabError(f"no machine `{name}` is running; `python -m lab up --name {name}` starts one")
         try:
             state = json.loads((machine.folder / "state.json").read_text())
-            found = qemu.Qemu(state["qemu_pid"])
+            found = Process(state["pid"])
         except (FileNotFoundError, ProcessLookupError) as error:
             raise LabError(f"the machine `{name}` is booting or going down; try again in a moment") from error
-        machine._hardware = qemu.Hardware(**state["hardware"], nic=nic)
+        machine._hardware = Hardware(**state["hardware"], nic=nic)
+        machine._kind = state["kind"]
+        machine._vmm = _vmm(machine._kind, None)
         machine._running = _Running(found, Channel(machine.folder / "ssh_config"))
         machine.boot_s = state["boot_s"]
         return machine
@@ -145,9 +158,7 @@ class Machine:
         """
         if self._running is not None:
             raise LabError(f"the machine `{self.name}` is up; stop it or cut its power first")
-        kernel = kernels.obtain(self._kernel)
-        daemon = virtiofsd.obtain()
-        use_kvm = accel.kvm_works(kernel)
+        self._vmm.prepare()
         started = time.monotonic()
         with contextlib.ExitStack() as undo:
             if self._lock is None:
@@ -156,18 +167,19 @@ class Machine:
                 self._clear_folder()
                 self.console_log.unlink(missing_ok=True)
             self._fill_folder()
-            self._running = self._boot_somehow(kernel, daemon, use_kvm=use_kvm, deadline=started + BOOT_S)
+            self._running = self._boot_somehow(deadline=started + BOOT_S)
             undo.pop_all()
         self.boot_s = time.monotonic() - started
         hardware = {name: value for name, value in vars(self._hardware).items() if name != "nic"}
-        state = {"qemu_pid": self._running.qemu.pid, "boot_s": self.boot_s, "hardware": hardware}
+        pid = self._running.process.pid
+        state = {"kind": self._kind, "pid": pid, "boot_s": self.boot_s, "hardware": hardware}
         (self.folder / "state.json").write_text(json.dumps(state))
 
     def power_cut(self) -> None:
         """Take the machine's power away: no sync, no goodbye. `boot` starts it again, its disk as it was."""
         if self._running is not None:
             self._running.channel.close()
-            self._running.qemu.kill()
+            self._running.process.kill()
             self._running = None
             self._keep_name()
 
@@ -175,9 +187,9 @@ class Machine:
         """End the machine and remove its folder; the kernel's log stays. Nothing happens when it is down."""
         if self._name is None:
             return
-        if self._running is not None and self._hardware.disk_bytes and not self._running.qemu.ended():
+        if self._running is not None and self._hardware.disk_bytes and not self._running.process.ended():
             with contextlib.suppress(LabError):
-                self.run(["sync"], timeout_s=qemu.STOP_S)
+                self.run(["sync"], timeout_s=STOP_S)
         self.power_cut()
         self._unlock()
         self._keep_name()
@@ -186,7 +198,7 @@ class Machine:
     def detach(self) -> None:
         """Leave the machine running for others to `find`; this object must not be used afterwards."""
         if self._running is not None:
-            self._running.qemu.let_go()
+            self._running.process.let_go()
             self._running = None
         self._unlock()
 
@@ -268,16 +280,16 @@ class Machine:
     def _usable(self) -> _Running:
         if self._running is None:
             raise LabError("the machine is not booted")
-        if self._running.qemu.ended():
+        if self._running.process.ended():
             raise self._diagnose("before the command started")
         return self._running
 
     def _answers(self) -> bool:
         running = self._running
-        return running is not None and not running.qemu.ended() and running.channel.answers(ANSWER_S)
+        return running is not None and not running.process.ended() and running.channel.answers(ANSWER_S)
 
     def _diagnose(self, when: str) -> LabError:
-        ended = self._running is None or self._running.qemu.ended(wait_s=2)
+        ended = self._running is None or self._running.process.ended(wait_s=2)
         words = self.console(60)
         report = f"{when}; the log {self.console_log} ends:\n{words or '(nothing)'}"
         if not ended:
@@ -288,38 +300,32 @@ class Machine:
 
     # -- booting -------------------------------------------------------------------------------------------
 
-    def _boot_somehow(
-        self, kernel: kernels.Kernel, daemon: Path, *, use_kvm: bool, deadline: float
-    ) -> _Running:
-        """Boot, again when somebody took the free port before QEMU did, or the emulator tripped the kernel up."""
+    def _boot_somehow(self, *, deadline: float) -> _Running:
+        """Boot, again when it failed for a reason that passes: a port that is taken, an emulator that tripped."""
         for _ in range(2):
             try:
-                return self._boot_once(kernel, daemon, use_kvm=use_kvm, deadline=deadline)
+                return self._boot_once(deadline=deadline)
             except BootError:
-                if _PORT_TAKEN not in self.console(5) and _TRIPPED not in self.console(200):
+                if not any(reason in self.console(200) for reason in self._vmm.passing):
                     raise
                 on_host.say("the machine did not come up for a reason that passes; once more")
-        return self._boot_once(kernel, daemon, use_kvm=use_kvm, deadline=deadline)
+        return self._boot_once(deadline=deadline)
 
-    def _boot_once(self, kernel: kernels.Kernel, daemon: Path, *, use_kvm: bool, deadline: float) -> _Running:
-        sockets = Path(tempfile.mkdtemp(prefix="lab-"))
-        port = qemu.free_port()
-        channel = Channel.create(self.folder, sockets, port)
+    def _boot_once(self, *, deadline: float) -> _Running:
+        boot = Boot(
+            folder=self.folder,
+            sockets=Path(tempfile.mkdtemp(prefix="lab-")),
+            hardware=self._hardware,
+            shared=(results_dir(),),
+            lock=self._lock if self._lock is not None else -1,
+            console=self.console_log,
+        )
         with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, boot.sockets, ignore_errors=True)
+            keeper = self._vmm.start(boot)
+            undo.callback(end_keeper, keeper)
+            channel = Channel.create(self.folder, boot.sockets, self._vmm.ssh(self.folder))
             undo.callback(channel.close)
-            keeper = qemu.start(
-                self.folder,
-                sockets,
-                self._hardware,
-                kernel,
-                port=port,
-                use_kvm=use_kvm,
-                virtiofsd=daemon,
-                shared=tuple(dict.fromkeys((CHECKOUT, results_dir()))),
-                lock=self._lock if self._lock is not None else -1,
-                console=self.console_log,
-            )
-            undo.callback(qemu.end_keeper, keeper)
             try:
                 self._wait_ready(keeper, deadline)
                 channel.open(timeout_s=max(10.0, deadline - time.monotonic()))
@@ -327,7 +333,7 @@ class Machine:
                 said = on_host.tail(self.folder / "guest.out", 10)
                 log = f"the log {self.console_log} ends:\n{self.console()}\n{said}"
                 raise BootError(f"{error}; {log}") from error
-            running = _Running(qemu.Qemu(int((self.folder / "qemu.pid").read_text()), keeper), channel)
+            running = _Running(Process(self._vmm.pid(self.folder), keeper), channel)
             undo.pop_all()
             return running
 
@@ -362,7 +368,7 @@ class Machine:
 
     def _keep_name(self) -> None:
         """Take the lock when QEMU had it alone, as with a machine that another process booted."""
-        deadline = time.monotonic() + qemu.STOP_S
+        deadline = time.monotonic() + STOP_S
         while self._lock is None and not self._try_lock(self.name):
             if time.monotonic() > deadline:  # virtme-ng's helpers may need a moment to go
                 raise LabError(f"something of the machine `{self.name}` is left; see {self.folder}")
@@ -386,7 +392,7 @@ class Machine:
     def _fill_folder(self) -> None:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("state.json", "guest.out", "qemu.pid"):
+        for old in ("state.json", "guest.out", "qemu.pid", "uml.json"):
             (folder / old).unlink(missing_ok=True)
         for key in ("id", "host_key"):
             if not (folder / key).exists():
@@ -395,7 +401,7 @@ class Machine:
         settings = {
             "checkout": CHECKOUT,
             "scratch_bytes": self._hardware.scratch_bytes,
-            "ssh_card": qemu.SSH_CARD,
+            "ssh_card": SSH_CARD,
         }
         lines = [f"{name}={shlex.quote(str(value))}\n" for name, value in settings.items()]
         (folder / "guest.conf").write_text("".join(lines))

@@ -38,7 +38,12 @@ class NodeMachine:
         self._layout.logs.mkdir(parents=True, exist_ok=True)
         self._configuration.write_text(configuration(self._layout, self.node, kube))
         machine = Machine(
-            self.node.machine, memory=MEMORY, disk_bytes=DISK_BYTES, scratch_bytes=GIB // 4, nic=self.node.nic
+            self.node.machine,
+            kind="qemu",
+            memory=MEMORY,
+            disk_bytes=DISK_BYTES,
+            scratch_bytes=GIB // 4,
+            nic=self.node.nic,
         )
         machine.boot()
         machine.detach()

@@ -139,7 +139,7 @@ def test_machine_that_cannot_boot_leaves_nothing_behind(cache: Path, monkeypatch
     monkeypatch.setattr("tempfile.tempdir", str(sockets))
     monkeypatch.setattr("lab.virtiofsd.obtain", lambda: daemon)
     monkeypatch.setenv("LAB_ACCEL", "tcg")
-    machine = Machine("broken", kernel=str(image))
+    machine = Machine("broken", kind="qemu", kernel=str(image))
     with pytest.raises(BootError, match="ended while booting"):
         machine.boot()
     assert list(sockets.iterdir()) == []

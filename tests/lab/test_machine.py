@@ -1,4 +1,4 @@
-"""A real machine, seen from the host: one boot for the session, again only after a test that destroys it."""
+"""A real machine of each kind, seen from the host: one boot for all, again only after a test that destroys it."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from lab import machine as machine_module
 from lab.errors import CommandFailed, CommandTimeout, GuestDied, GuestHung, GuestPanic
 from lab.machine import Machine
 from lab.paths import CHECKOUT, results_dir
+from tests.lab.conftest import KINDS
 
 VDUSE_MODULES = ("vduse", "virtio-vdpa", "vhost-vdpa")
 OTHER_MODULES = ("ublk_drv", "nbd", "loop", "null_blk", "xfs", "btrfs")
@@ -161,20 +163,21 @@ def test_panic_is_reported_with_the_kernels_last_words(machine: Machine):
 def test_machine_that_hangs_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine_module, "ANSWER_S", 2)
     assert machine._running
-    os.kill(machine._running.qemu.pid, signal.SIGSTOP)
+    os.kill(machine._running.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(GuestHung):
             machine.run(["true"], timeout_s=2)
     finally:
-        os.kill(machine._running.qemu.pid, signal.SIGCONT)
+        os.kill(machine._running.process.pid, signal.SIGCONT)
 
 
-def test_killed_machine_is_reported_and_its_disk_survives():
-    with Machine(disk_bytes=64 << 20, memory="1G", scratch_bytes=16 << 20) as machine:
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_machine_is_reported_and_its_disk_survives(kind: str):
+    with Machine(kind=kind, disk_bytes=64 << 20, memory="1G", scratch_bytes=16 << 20) as machine:
         machine.run(["test", "-b", Machine.DISK])
         shell(machine, f"echo kept | dd of={Machine.DISK} conv=fsync status=none")
         assert machine._running
-        os.kill(machine._running.qemu.pid, signal.SIGKILL)
+        os.kill(machine._running.process.pid, signal.SIGKILL)
         with pytest.raises(GuestDied):
             machine.run(["true"])
         machine.power_cut()
@@ -182,3 +185,21 @@ def test_killed_machine_is_reported_and_its_disk_survives():
         assert shell(machine, f"head -n1 {Machine.DISK}") == "kept\n"
         folder = machine.folder
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_of_a_machine_whose_laboratory_is_killed(kind: str):
+    """SIGKILL, which nobody can tidy up after: the machine goes with who booted it."""
+    script = "import sys, time; from lab.machine import Machine; m = Machine('orphan', kind=sys.argv[1]); m.boot()\n"
+    script += "print(m._running.process.pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script, kind], cwd=CHECKOUT, stdout=subprocess.PIPE) as lab:
+        assert lab.stdout
+        pid = int(lab.stdout.readline())
+        lab.kill()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    again = Machine("orphan", kind=kind)  # nobody holds the name
+    again._take_name()
+    again._forget()

@@ -25,6 +25,8 @@ MODULES = ("vduse", "virtio-vdpa", "vhost-vdpa")
 START_TIMEOUT_S = 300
 CALL_TIMEOUT_S = 240
 MIB = 1 << 20
+PARALLEL = pytest.mark.emulated("queues that run at the same time")
+DEBIAN = pytest.mark.emulated("Debian's own kernel")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:

@@ -16,7 +16,7 @@ from csi_vduse.agent.kernel import VduseKernel
 from csi_vduse.dataplane import device
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.proto import agent_pb2
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
+from tests.vm.conftest import CALL_TIMEOUT_S, DEBIAN, MIB, RunningAgent, kill, leaves_nothing, wait_until
 
 VIRTIO = agent_pb2.BUS_VIRTIO_VDPA
 VHOST = agent_pb2.BUS_VHOST_VDPA
@@ -56,6 +56,7 @@ def refused(code: grpc.StatusCode, text: str) -> pytest.RaisesExc[grpc.RpcError]
     return pytest.RaisesExc(grpc.RpcError, check=matches)
 
 
+@DEBIAN
 def test_bytes_written_to_the_disk_are_in_the_image_after_detach(shared: RunningAgent, image: Path):
     data = os.urandom(4 * MIB)
     with leaves_nothing(shared):
@@ -226,6 +227,7 @@ def test_a_volume_whose_image_is_away_waits_and_goes_on_when_it_is_back(shared: 
         detach(shared)
 
 
+@DEBIAN
 def test_a_device_that_the_kernel_gave_up_is_reported_and_can_be_removed(shared: RunningAgent, image: Path):
     """A worker that does not answer a control message in time loses its device for good."""
     with leaves_nothing(shared):
@@ -351,6 +353,7 @@ def test_without_the_bus_driver_attach_says_which_module_to_load(shared: Running
         subprocess.run(["modprobe", "vhost_vdpa"], check=True, timeout=60)
 
 
+@DEBIAN
 def test_autoprobe_is_mended_after_a_helper_was_killed(shared: RunningAgent, image: Path):
     switch, marker = Path("/sys/bus/vdpa/drivers_autoprobe"), shared.run_dir / "autoprobe-off"
     marker.touch()
@@ -361,6 +364,7 @@ def test_autoprobe_is_mended_after_a_helper_was_killed(shared: RunningAgent, ima
     assert not marker.exists()
 
 
+@DEBIAN
 async def test_the_kernel_refuses_what_the_fake_kernel_refuses():
     kernel = VduseKernel(destroy_timeout_s=0.2)
     spec = DeviceSpec(name="twin", capacity_bytes=MIB)

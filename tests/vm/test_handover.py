@@ -11,7 +11,15 @@ import grpc
 import pytest
 
 from csi_vduse.proto import agent_pb2
-from tests.vm.conftest import CALL_TIMEOUT_S, RunningAgent, kill, leaves_nothing, wait_until, worker_sockets
+from tests.vm.conftest import (
+    CALL_TIMEOUT_S,
+    PARALLEL,
+    RunningAgent,
+    kill,
+    leaves_nothing,
+    wait_until,
+    worker_sockets,
+)
 from tests.vm.test_agent import attach, detach, inspect, refused
 from tests.vm.test_recovery import verified_writing, writes
 
@@ -27,7 +35,7 @@ def hand_over(agent: RunningAgent, volume_id: str = "vol-0123456789abcdef") -> a
     return agent.stub.Handover(request, timeout=CALL_TIMEOUT_S)
 
 
-@pytest.mark.parametrize(("queues", "packed"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("queues", "packed"), [(1, False), pytest.param(2, True, marks=PARALLEL)])
 def test_no_write_is_lost_when_a_volume_changes_hands(
     shared: RunningAgent, image: Path, queues: int, *, packed: bool
 ):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.vm.conftest import PARALLEL
 from tests.vm.csi import READER, Driver, block, mount
 from tests.vm.exports import fio, tool
 
 JOBS = ("--rw=randwrite", "--bsrange=4k-128k", "--numjobs=4", "--size=12m")
 
 
-@pytest.mark.parametrize("engine", ["libaio", "io_uring"])
+@pytest.mark.parametrize("engine", [pytest.param("libaio", marks=PARALLEL), "io_uring"])
 def test_raw_volume_reads_back_what_four_jobs_wrote(driver: Driver, engine: str) -> None:
     volume = driver.create(f"raw-{engine}", 64, queues="2")
     driver.stage(volume, block())

@@ -18,6 +18,7 @@ from tests.vm.test_agent import detach, inspect
 from tests.vm.test_recovery import kill_worker_when_it_writes, verified_writing, writes
 
 KILLS = 3
+LEFT_BYTES = 64 << 10  # much more than the deaf server's socket takes
 VOLUME = "vol-0123456789abcdef"
 JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
 WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
@@ -132,7 +133,7 @@ def test_what_a_killed_worker_left_in_its_socket_does_not_land_later(
         assert (encrypted_by_the_kernel() > encrypted) is tls
         server.stop_hearing()
         old, new = (
-            ["dd", f"of={path}", f"bs={16 << 10}", "count=1", "oflag=direct", f"if={f}"]
+            ["dd", f"of={path}", f"bs={LEFT_BYTES}", "count=1", "oflag=direct", f"if={f}"]
             for f in fills(tmp_path)
         )
         with subprocess.Popen(old, stderr=subprocess.DEVNULL) as writer:
@@ -144,7 +145,7 @@ def test_what_a_killed_worker_left_in_its_socket_does_not_land_later(
         server.hear_again()
         wait_until(server.first_ended.is_set, "the end of the first connection")
         detach(shared)
-    assert server.image[: 16 << 10] == b"\x02" * (16 << 10)
+    assert server.image[:LEFT_BYTES] == b"\x02" * LEFT_BYTES
     assert server.connections == 2
 
 
@@ -152,7 +153,7 @@ def fills(folder: Path) -> Iterator[Path]:
     """Two files, of ones and of twos."""
     for number in (1, 2):
         path = folder / f"fill{number}"
-        path.write_bytes(bytes([number]) * (16 << 10))
+        path.write_bytes(bytes([number]) * LEFT_BYTES)
         yield path
 
 

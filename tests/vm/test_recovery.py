@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.proto import agent_pb2
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, PARALLEL, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.test_agent import attach, detach, inspect
 
 KILLS = 5
@@ -66,7 +66,10 @@ def kill_worker_when_it_writes(agent: RunningAgent) -> None:
 
 
 @pytest.mark.parametrize("engine", ["libaio", "io_uring"])
-@pytest.mark.parametrize(("queues", "packed"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("queues", "packed"),
+    [(1, False), pytest.param(2, False, marks=PARALLEL), pytest.param(2, True, marks=PARALLEL)],
+)
 def test_no_write_is_lost_when_workers_are_killed(
     shared: RunningAgent, image: Path, engine: str, queues: int, *, packed: bool
 ):
@@ -88,7 +91,7 @@ def test_no_write_is_lost_when_workers_are_killed(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("queues", [2, 4])
+@pytest.mark.parametrize("queues", [2, pytest.param(4, marks=PARALLEL)])
 def test_what_was_written_is_there_after_the_driver_was_reset(
     shared: RunningAgent, image: Path, queues: int, *, packed: bool
 ):

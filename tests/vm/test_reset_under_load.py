@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.conftest import MIB, RunningAgent, leaves_nothing, wait_until
+from tests.vm.conftest import MIB, PARALLEL, RunningAgent, leaves_nothing, wait_until
 from tests.vm.test_agent import attach, detach
 
 BLOCK_BYTES = 4096
@@ -91,7 +91,7 @@ def unbound(disk: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-@pytest.mark.parametrize("queues", [2, 4])
+@pytest.mark.parametrize("queues", [2, pytest.param(4, marks=PARALLEL)])
 def test_no_acknowledged_write_is_lost_when_the_driver_is_reset_under_load(
     shared: RunningAgent, image: Path, queues: int, *, packed: bool
 ):

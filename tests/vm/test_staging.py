@@ -55,12 +55,13 @@ def test_a_volume_with_the_lowest_limits_is_staged_like_any_other(driver: Driver
 
 
 def kill_mkfs(killed: threading.Event, over: threading.Event) -> None:
-    """Kill the next mkfs that runs, a moment after its start."""
+    """Kill the next mkfs that runs, a moment after its start: it is among the youngest processes."""
     while not over.is_set() and not killed.is_set():
-        for comm in Path("/proc").glob("[0-9]*/comm"):
+        youngest = int(Path("/proc/loadavg").read_text().split()[-1])
+        for pid in range(max(2, youngest - 8), youngest + 1):
             with contextlib.suppress(OSError):
-                if comm.read_text().startswith("mkfs."):
-                    os.kill(int(comm.parent.name), signal.SIGKILL)
+                if Path(f"/proc/{pid}/comm").read_text().startswith("mkfs."):
+                    os.kill(pid, signal.SIGKILL)
                     killed.set()
 
 

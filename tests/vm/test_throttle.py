@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from csi_vduse.proto import agent_pb2
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, leaves_nothing, traces, wait_until
 from tests.vm.exports import tool
@@ -39,6 +41,7 @@ def measured(path: str, block_size: str, *, seconds: int) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.emulated("a clock that ticks as a node's does")
 def test_no_more_passes_than_the_limits_allow(shared: RunningAgent, image: Path):
     with leaves_nothing(shared):
         attachment = attach(shared, image, queues=2, throttle=limits(iops=200))

@@ -23,6 +23,9 @@ SEEDED = random.Random(7).randbytes(256 * 1024)
 SEEDED_AT = 3 * MIB + 4096
 
 
+pytestmark = pytest.mark.emulated("a client of VMs, which shares memory with the kernel as on a node")
+
+
 @pytest.fixture
 def client() -> VhostClient:
     subprocess.run(["modprobe", "--all", "vduse", "virtio-vdpa", "vhost-vdpa"], check=True, timeout=60)

@@ -24,7 +24,7 @@ CHECK_TIMEOUT_S = 900
 
 @pytest.fixture
 def dark_machine() -> Iterator[Machine]:
-    with Machine(memory="2G", disk_bytes=DISK_BYTES, scratch_bytes=64 << 20) as machine:
+    with Machine(kind="qemu", memory="2G", disk_bytes=DISK_BYTES, scratch_bytes=64 << 20) as machine:
         yield machine
 
 

@@ -24,11 +24,12 @@ from tests.chaos.vm.load import (
     one_attached,
     under_load,
 )
-from tests.vm.conftest import MIB, RunningAgent
+from tests.vm.conftest import MIB, PARALLEL, RunningAgent
 
 pytestmark = pytest.mark.usefixtures("clean")
 
 
+@PARALLEL
 def test_workers_killed_at_random_moments(
     shared: RunningAgent, folder: Path, effort: Effort, dice: random.Random
 ) -> None:
