@@ -77,12 +77,12 @@ def test_copies_of_a_written_volume_are_one_moment_of_it(tmp_path: Path) -> None
             ).snapshot
             assert snapshot.ready_to_use
             copies.append(tmp_path / "pool/snapshots" / snapshot.snapshot_id / "image.raw")
+            running.clear()
+            assert running.wait(TIMEOUT_S), "the volume does not go on after a copy"
         request = csi_pb2.CreateVolumeRequest(name="clone", capacity_range=size, volume_capabilities=[block])
         request.volume_content_source.volume.volume_id = volume.volume_id
         clone = controller.CreateVolume(request, timeout=TIMEOUT_S).volume
         copies.append(tmp_path / "pool/volumes" / clone.volume_id / "image.raw")
-        running.clear()
-        assert running.wait(TIMEOUT_S), "the volume does not go on after its copies"
         stop.set()
         process.join(TIMEOUT_S)
         assert process.exitcode == 0, "the writer saw an error"
