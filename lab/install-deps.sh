@@ -5,7 +5,8 @@
 set -eu
 
 packages="qemu-system-x86 qemu-utils openssh-client openssh-server bubblewrap udev iproute2 kmod busybox-static file procps \
-    util-linux e2fsprogs xfsprogs btrfs-progs fio nbdkit nbd-server openssl debian-archive-keyring ca-certificates"
+    util-linux e2fsprogs xfsprogs btrfs-progs fio nbdkit nbd-server openssl debian-archive-keyring ca-certificates \
+    flex bison bc libelf-dev xz-utils"    # these build a kernel
 installed() { dpkg-query -W -f '${db:Status-Abbrev}\n' "$1" 2>/dev/null | grep -q '^ii'; }
 missing() { for package in "$@"; do installed "$package" || printf '%s ' "$package"; done; }
 if ! command -v dpkg-query >/dev/null; then
