@@ -177,8 +177,7 @@ class Daemon:
             except TimeoutError:
                 await self._kill(qmp.pid, "it does not end")
         await qmp.close()
-        if self._process is not None and self._process.pid == qmp.pid:
-            await self._process.wait()
+        await self._reap(qmp.pid)
 
     async def _kill(self, pid: int, why: str) -> None:
         """End a daemon that does not listen; two must never serve one directory.
@@ -195,6 +194,12 @@ class Daemon:
             raise Unavailable(
                 f"qemu-storage-daemon {pid} does not die", hint="it waits for a disk: look at the kernel log"
             ) from None
+        await self._reap(pid)
+
+    async def _reap(self, pid: int) -> None:
+        """Learn of the end of a daemon that has ended, if it was our child."""
+        if self._process is not None and self._process.pid == pid:
+            await self._process.wait()
 
 
 async def _exit(pid: int) -> None:

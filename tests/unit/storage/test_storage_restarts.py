@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -61,8 +62,8 @@ async def test_calls_while_the_daemon_is_away_are_unavailable_at_once(server):
 
 async def test_a_storage_server_that_was_killed_finds_its_daemon_serving(config):
     """The first server is let go of as a kill would: without a word to the daemon."""
-    first = running = started(config)
-    server = await running.__aenter__()
+    first = started(config)
+    server = await first.__aenter__()
     await server.create("v1", SIZE)
     await server.create("v2", SIZE)
     published = await publish(server)
@@ -81,13 +82,14 @@ async def test_a_storage_server_that_was_killed_finds_its_daemon_serving(config)
             await connect(stale.uri)
         assert await publish(second) == published
         await second.unpublish("v1")
-    del first
+    await first.__aexit__(None, None, None)
 
 
 async def _abandon(server):
+    """As its death would: nobody supervises the daemon, nobody has the directory."""
     server._daemon._supervision.cancel()
     await server._daemon._qmp.close()
-    os.close(next(fd for fd in _lock_fds(server)))
+    fcntl.flock(next(_lock_fds(server)), fcntl.LOCK_UN)
 
 
 def _lock_fds(server):
@@ -99,8 +101,8 @@ def _lock_fds(server):
 
 
 async def test_a_daemon_with_other_options_is_replaced(config, tmp_path):
-    running = started(config)
-    server = await running.__aenter__()
+    first = started(config)
+    server = await first.__aenter__()
     await server.create("v1", SIZE)
     await publish(server)
     pid = server.daemon_pid
@@ -111,6 +113,7 @@ async def test_a_daemon_with_other_options_is_replaced(config, tmp_path):
         client = await connect((await publish(second)).uri)
         assert client.size_bytes == SIZE
         client.close()
+    await first.__aexit__(None, None, None)
 
 
 async def test_a_directory_has_one_storage_server(server, config):
