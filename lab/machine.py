@@ -79,11 +79,10 @@ class Machine:
     ) -> None:
         """Describe a machine; `boot` or the context manager starts it.
 
-        name: None takes the first free of vm0, vm1, ...; memory: QEMU's notation; scratch_bytes: size of the
-        tmpfs on /mnt/scratch; disk_bytes: size of a blank SCSI disk (`DISK`), that keeps its content over
-        `power_cut`; nic: a second network card; kind: `qemu` or `uml`; default: `$LAB`, where `any`
-        is user-mode Linux if its kernel has been built, or `qemu`;
-        kernel: see `lab.kernel`.
+        name: None takes the first free of vm0, vm1, ...; memory: like `4G`; cpus: user-mode Linux has one;
+        scratch_bytes: size of the tmpfs on /mnt/scratch; disk_bytes: size of a blank disk (`DISK`), that keeps its
+        content over `power_cut`; nic: a second network card; kind: `qemu` or `uml`, default `$LAB`, where `any` is
+        user-mode Linux if its kernel has been built, or `qemu`; kernel: QEMU's, see `lab.kernel`.
         """
         self.boot_s = 0.0
         self._name = name

@@ -260,7 +260,7 @@ class Publications:
                 await block.remove_export(export)
             except (
                 Unavailable
-            ) as error:  # cut off, but not empty: its record says that it is closing, or replaced
+            ) as error:  # cut off, but not empty: a record says that it is closing or replaced
                 log.get().error("an export is not closed yet", export=export, error=str(error))
         wanted = {node_of(image) for image in images if image.publications}
         for node in sorted(seen.nodes - wanted):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,13 +34,6 @@ from tests.unit.fakes.worker import FakeWorkers
 
 MIB = 1 << 20
 SPEC = AttachSpec("vol-1", FileBackend(Path("/image")), 64 * MIB, queues=2)
-
-
-@pytest.fixture
-async def agent(node: Node) -> AsyncIterator[Agent]:
-    made = Agent(node, exit_code=lambda _: -9)
-    yield made
-    await made.close()
 
 
 @pytest.fixture(autouse=True)

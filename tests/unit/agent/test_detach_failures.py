@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,15 +22,8 @@ from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.worker import FakeWorkers
 
 MIB = 1 << 20
+pytestmark = pytest.mark.usefixtures("free_disks")
 SPEC = AttachSpec("vol-1", FileBackend(Path("/image")), 64 * MIB, queues=2)
-
-
-@pytest.fixture
-async def agent(node: Node, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
-    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.claim_disk", lambda *_: os.open("/dev/null", os.O_RDONLY))
-    made = Agent(node, exit_code=lambda _: -9)
-    yield made
-    await made.close()
 
 
 async def _exhausted(*_: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.unit.agent.test_agent import assert_nothing_left, until
 from tests.unit.fakes.storage import PUBLISHED, FakeStorage
 
 MIB = 1 << 20
+pytestmark = pytest.mark.usefixtures("free_disks")
 
 
 @pytest.fixture
@@ -35,14 +35,6 @@ async def storage(tmp_path: Path) -> AsyncIterator[FakeStorage]:
 @pytest.fixture
 def spec(storage: FakeStorage) -> AttachSpec:
     return AttachSpec("vol-1", storage.backend, 64 * MIB, queues=2)
-
-
-@pytest.fixture
-async def agent(node: Node, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
-    monkeypatch.setattr("csi_vduse.vdpa.sysfs.Sysfs.claim_disk", lambda *_: os.open("/dev/null", os.O_RDONLY))
-    made = Agent(node, exit_code=lambda _: -9)
-    yield made
-    await made.close()
 
 
 @pytest.fixture

@@ -77,21 +77,22 @@ async def test_who_does_not_know_the_name_that_was_given_is_told_nothing(server)
     assert "unstage" in caught.value.hint
 
 
-async def on_a_held_disk(server, disk):
-    """Have the volume v1 on it."""
+async def leave_a_write_on(server, disk):
+    """Publish the volume v1 over a disk that holds one write of its node; returns what was published, and the node."""
     await server.create("v1", SIZE)
     node = {"driver": "nbd", "node-name": "v-v1", "server": {"type": "unix", "path": str(disk.path)}}
     await server._core.block.qmp.execute("blockdev-add", node)
     server._core.block.nodes.add("v-v1")
+    published = await publish(server)
+    dead = await connect(published.uri)
+    dead.submit(WRITE, 0, len(BLOCK), BLOCK)
+    await asyncio.to_thread(disk.holds.wait, 30)
+    return published, dead
 
 
 async def test_a_write_that_a_dead_worker_left_in_flight_is_never_done_after_its_successors(server, tmp_path):
     with HeldDisk(tmp_path / "disk.sock", SIZE, BLOCK) as disk:
-        await on_a_held_disk(server, disk)
-        published = await publish(server)
-        dead = await connect(published.uri)
-        dead.submit(WRITE, 0, len(BLOCK), BLOCK)
-        await asyncio.to_thread(disk.holds.wait, 30)
+        published, dead = await leave_a_write_on(server, disk)
         dead.close()
         renewing = asyncio.create_task(server.renew(published.export, published.export))
         _, waits = await asyncio.wait({renewing}, timeout=1)
@@ -110,11 +111,7 @@ async def test_while_something_is_in_flight_the_next_export_is_not_served_and_a_
 ):
     monkeypatch.setattr(block, "DRAIN_TIMEOUT_S", 0.2)
     with HeldDisk(tmp_path / "disk.sock", SIZE, BLOCK) as disk:
-        await on_a_held_disk(server, disk)
-        published = await publish(server)
-        dead = await connect(published.uri)
-        dead.submit(WRITE, 0, len(BLOCK), BLOCK)
-        await asyncio.to_thread(disk.holds.wait, 30)
+        published, _ = await leave_a_write_on(server, disk)
         for again in (
             lambda: server.renew(published.export, published.export),
             lambda: server.renew(published.export, ""),
