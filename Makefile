@@ -104,7 +104,8 @@ test-kernels: chaos-tools ## all that touches the kernel on each: Debian's 6.12 
 
 CHAOS_SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 chaos: chaos-tools ## the same hundreds of times: hours; CHAOS_SEED=N repeats the choices of an earlier run
-	@$(call TIMED,$(PYTEST) tests/chaos/host --chaos=long --chaos-seed=$(CHAOS_SEED) && \
+	@$(call TIMED,$(PYTEST) --junitxml=$(RESULTS)/$@-power-cut.xml tests/chaos/host --chaos=long \
+			--chaos-seed=$(CHAOS_SEED) && \
 		LAB=$(LAB) $(BIN)/python -m lab run --timeout 28800 -- $(PYTEST) -p no:cacheprovider \
 			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED))
 

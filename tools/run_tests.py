@@ -1,13 +1,15 @@
 """`make test`: all parts, side by side where that disturbs none, and how long each took.
 
 What runs is in tests/parts.toml. What is kept true: a part's output is shown whole, when it ends; after one that failed
-none is started, and the exit code is not 0; every part has its time in the table at the end, beside its budget.
+none is started, and the exit code is not 0; every part has its time in the table at the end, beside its budget; one that
+hangs is ended, as from a terminal first so that it can say where it was, and has failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,8 @@ from xml.etree import ElementTree as ET
 
 _SLOWEST = 20
 _POLL_S = 0.2
+_HANGS = 3.0  # times its budget
+_GRACE_S = 30.0  # between the signals that end a part
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Run:
     output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     started: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
+    signals: list[signal.Signals] = field(
+        default_factory=lambda: [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    )
 
     def __post_init__(self) -> None:
         """Start it."""
@@ -52,11 +59,15 @@ class Run:
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
+            process_group=0,
         )
+        self.ends_at = self.started + _HANGS * self.part.budget_s
 
     def ended(self) -> bool:
         """Whether it has ended; its output is shown then."""
         if self.process.poll() is None:
+            if time.monotonic() > self.ends_at and self.signals:
+                self.end()
             return False
         self.took_s = time.monotonic() - self.started
         self.output.seek(0)
@@ -67,6 +78,13 @@ class Run:
             f"{self.part.name} {'failed' if self.process.returncode else 'passed'} after {self.took_s:.0f} s"
         )
         return True
+
+    def end(self) -> None:
+        """Send all of its processes the next signal, each stronger than the one before."""
+        number = self.signals.pop(0)
+        self.ends_at = time.monotonic() + _GRACE_S
+        _say(f"{self.part.name} is ended by {number.name} after {time.monotonic() - self.started:.0f} s")
+        os.killpg(self.process.pid, number)
 
 
 def main() -> int:
@@ -113,7 +131,7 @@ def _run_all(waiting: list[Part], directory: Path) -> list[Run]:
             time.sleep(_POLL_S)
     finally:
         for run in running:
-            run.process.terminate()
+            run.end()
     return ended
 
 

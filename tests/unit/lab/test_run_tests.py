@@ -16,6 +16,7 @@ beside: ; @until grep -q second log; do sleep 0.01; done; echo beside >>log
 second: ; @grep -q first log && echo second >>log
 broken: ; @echo what is wrong; false
 large: ; @echo large >>log
+hangs: ; @echo waits for nothing; sleep 600
 """
 PARTS = """
 [first]
@@ -80,3 +81,11 @@ def test_a_part_past_its_budget_is_named_and_the_slowest_tests_are_shown(folder:
     assert "1 passed, 0 failed, 0 skipped" in done.stdout
     warned = [line for line in done.stdout.splitlines() if "past its budget" in line]
     assert [line.split()[2] for line in warned] == ["second"]
+
+
+def test_a_part_that_hangs_is_ended_with_all_that_it_started_and_its_output_is_shown(folder: Path):
+    done = run(folder, BROKEN.replace("broken", "hangs").replace("60", "0.1"))
+    assert done.returncode == 1
+    assert "waits for nothing" in done.stdout
+    assert "hangs is ended by SIGINT" in done.stdout
+    assert "failed: hangs" in done.stdout
