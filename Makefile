@@ -155,13 +155,15 @@ bench-quick: bench-deps ## proves that all of the benchmarks run; their figures 
 bench-publish: install ## the figures of the last `make bench` into docs/
 	@$(BIN)/python -m bench report --publish
 
-verify: install ## generated files, ruff, mypy, import contracts
+verify: install ## generated files, ruff, mypy, import contracts; the engine's format, and which of its files calls which
 	@$(BIN)/python tools/generate_proto.py --check
 	@PYTHONPATH=. $(BIN)/python tools/check_csi_proto.py
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/clang-format --dry-run -Werror $(ENGINE)
+	@PYTHONPATH=. $(BIN)/python tools/check_engine_calls.py
 
 clean: ## remove the virtual environment and what was built; the cache stays
 	rm -rf $(VENV) build *.egg-info csi_vduse/dataplane/_engine.c csi_vduse/dataplane/_system.c csi_vduse/dataplane/*.so

@@ -27,8 +27,8 @@ _Noreturn void harness_die(void)
  * Valgrind runs one thread at a time and does not know that io_uring_enter may block: the engine's thread would sleep
  * with valgrind's lock held. So it sleeps in poll here, which valgrind knows (linked with --wrap).
  */
-int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count);
-int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count)
+__attribute__((used)) int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count);
+__attribute__((used)) int __wrap_io_uring_submit_and_wait(struct io_uring *ring, unsigned count)
 {
     struct pollfd ready = { .fd = ring->ring_fd, .events = POLLIN };
     int submitted = io_uring_submit_and_get_events(ring);

@@ -24,6 +24,7 @@ COMPILE_ARGS = [
     "-std=gnu11",
     "-D_GNU_SOURCE",
     "-O2",
+    "-flto=auto",
     "-g",
     "-Wall",
     "-Wextra",

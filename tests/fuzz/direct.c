@@ -8,6 +8,7 @@
 #include "queue.c"
 
 #include <linux/virtio_config.h>
+#include <string.h>
 
 #include "drive.h"
 #include "packed.h"
@@ -122,18 +123,18 @@ static unsigned turn(struct vd_queue *q)
 {
     bool model = world->apart && !world->rings_cut && !blind && !vd_queue_memory_lost(q);
     uint16_t avail = q->ring.next_avail, used = q->ring.published_used;
-    enum command command = read_command(q);
+    enum vd_command command = read_command(q);
     unsigned work;
 
     if (model)
         look(q);
-    work = advance(q, command);
-    if (command != RUN && q->in_flight && !q->held && !io_uring_cq_ready(&q->uring))
+    work = begin_turn(q, command);
+    if (command != VD_RUN && q->in_flight && !q->held && !io_uring_cq_ready(&q->uring))
         io_uring_submit_and_wait(&q->uring, 1);
     pthread_mutex_lock(&q->lock);
-    work += settle(q, command);
-    if (command != RUN && !q->in_flight)
-        vd_queue_set_state(q, command == STOP ? STOPPED : PAUSED);
+    work += end_turn(q, command);
+    if (command != VD_RUN && !q->in_flight)
+        vd_queue_set_state(q, command == VD_STOP ? VD_STOPPED : VD_PAUSED);
     pthread_mutex_unlock(&q->lock);
     if (model && !vd_queue_memory_lost(q)) {
         if (q->ring.is_packed)
@@ -175,7 +176,7 @@ void drive_started(struct vd_queue *q)
 void drive_kick(struct vd_queue *q)
 {
     for (int i = 0; i < 3; i++) {
-        if (read_command(q) == RUN && !q->stats->fault)
+        if (read_command(q) == VD_RUN && !q->stats->fault)
             vd_vring_disable_kick(&q->ring);
         if (!turn(q) && !q->stats->fault)
             (void)vd_vring_enable_kick(&q->ring);
@@ -194,12 +195,12 @@ int fuzz_thread_create(pthread_t *thread, const pthread_attr_t *attributes, void
     (void)run;
     queue = argument;
     if (!uring_open)
-        REQUIRE(!open_uring(queue));
+        REQUIRE(open_uring(queue));
     else
         queue->uring = uring;
     uring_open = true;
     REQUIRE(open_backend(queue));
-    vd_queue_set_state(queue, RUNNING);
+    vd_queue_set_state(queue, VD_RUNNING);
     return 0;
 }
 
@@ -220,7 +221,7 @@ int fuzz_thread_wait(pthread_cond_t *condition, pthread_mutex_t *mutex, const st
 
     (void)condition;
     (void)until;
-    turns = queue->state == RUNNING ? 0 : turns;
+    turns = queue->state == VD_RUNNING ? 0 : turns;
     REQUIRE(turns++ < TURNS_MAX);
     pthread_mutex_unlock(mutex);
     turn(queue);

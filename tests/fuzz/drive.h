@@ -5,7 +5,7 @@
 #ifndef FUZZ_DRIVE_H
 #define FUZZ_DRIVE_H
 
-#include "engine.h"
+#include "queue.h"
 #include "world.h"
 
 /* Before each start of the queue, which then has this configuration. */

@@ -14,7 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "backends/nbd/nbd.h"
+#include "backends/nbd/exchange.h"
 #include "world.h"
 
 enum {
@@ -26,7 +26,15 @@ enum {
     GOOD_FLAGS = NBD_FLAG_HAS_FLAGS | NBD_FLAG_FLUSH | NBD_FLAG_FUA | NBD_FLAG_TRIM | NBD_FLAG_WRITE_ZEROES,
 };
 
-static struct vd_engine engine;
+/* What the backend's queue is here. */
+struct vd_queue {
+    void *backend;
+    struct vd_queue_config config;
+    struct vd_remote_stats stats;
+    uint32_t in_flight;
+    bool abandoned, memory_lost;
+};
+
 static struct vd_queue queue;
 static struct nbd nbd;
 static struct nbd_export export;
@@ -39,13 +47,17 @@ static uint32_t stream_bytes;
 static uint8_t sink[STREAM_BYTES];     /* where what is sent goes */
 static int any_fd;
 
-struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q, void *data)
+struct io_uring_sqe *vd_queue_sqe(struct vd_queue *q)
 {
     static struct io_uring_sqe sqe;
 
     (void)q;
-    (void)data;
     return &sqe;
+}
+
+void vd_sqe_of_event(struct io_uring_sqe *sqe, unsigned event)
+{
+    sqe->user_data = event;
 }
 
 void vd_queue_wake(struct vd_queue *q)
@@ -73,9 +85,82 @@ bool vd_request_wait(struct vd_queue *q, struct vd_request *r, int error)
     return false;
 }
 
+uint32_t vd_request_index(const struct vd_queue *q, const struct vd_request *r)
+{
+    (void)q;
+    return (uint32_t)(r - requests);
+}
+
 void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
 {
-    q->fault = fault;
+    q->memory_lost |= fault == VD_FAULT_MEMORY;
+}
+
+bool vd_queue_memory_lost(const struct vd_queue *q)
+{
+    return q->memory_lost;
+}
+
+bool vd_queue_is_abandoned(const struct vd_queue *q)
+{
+    return q->abandoned;
+}
+
+bool vd_queue_replays(const struct vd_queue *q)
+{
+    (void)q;
+    return false;
+}
+
+void *vd_queue_volume(const struct vd_queue *q)
+{
+    (void)q;
+    return &nbd;
+}
+
+void *vd_queue_backend(const struct vd_queue *q)
+{
+    return q->backend;
+}
+
+void vd_queue_set_backend(struct vd_queue *q, void *backend)
+{
+    q->backend = backend;
+}
+
+const struct vd_queue_config *vd_queue_config_of(const struct vd_queue *q)
+{
+    return &q->config;
+}
+
+struct vd_remote_stats *vd_queue_remote(struct vd_queue *q)
+{
+    return &q->stats;
+}
+
+uint64_t vd_queue_now_ns(const struct vd_queue *q)
+{
+    (void)q;
+    return now_ns();
+}
+
+uint64_t vd_queue_away_ns(const struct vd_queue *q)
+{
+    (void)q;
+    return 0;
+}
+
+void vd_queue_cancel_event(struct vd_queue *q, unsigned event)
+{
+    nbd_event(q, event, -ECANCELED);
+}
+
+unsigned vd_queue_await_event(struct vd_queue *q, int *result)
+{
+    const struct nbd_queue *own = q->backend;
+
+    *result = -ECANCELED;
+    return own->sending ? NBD_SEND : own->receiving ? NBD_RECEIVE : NBD_WATCH;
 }
 
 static struct nbd_queue *nq(void)
@@ -246,7 +331,7 @@ static uint32_t move(const struct msghdr *message, uint8_t *place, uint32_t byte
 static void sent(uint32_t bytes)
 {
     if (nq()->sending)
-        nbd_event(&queue, nbd_tag(nq(), NBD_SEND), (int)move(&nq()->send_message, sink, bytes, true));
+        nbd_event(&queue, NBD_SEND, (int)move(&nq()->send_message, sink, bytes, true));
 }
 
 static void received(uint32_t bytes)
@@ -258,18 +343,18 @@ static void received(uint32_t bytes)
     n = move(&nq()->receive_message, stream, bytes < stream_bytes ? bytes : stream_bytes, false);
     stream_bytes -= n;
     memmove(stream, stream + n, stream_bytes);
-    nbd_event(&queue, nbd_tag(nq(), NBD_RECEIVE), (int)n);
+    nbd_event(&queue, NBD_RECEIVE, (int)n);
 }
 
 /* The connection ends: so does what is under way. */
 static void end(void)
 {
     if (nq()->receiving)
-        nbd_event(&queue, nbd_tag(nq(), NBD_RECEIVE), 0);
+        nbd_event(&queue, NBD_RECEIVE, 0);
     if (nq()->sending)
-        nbd_event(&queue, nbd_tag(nq(), NBD_SEND), -EPIPE);
+        nbd_event(&queue, NBD_SEND, -EPIPE);
     if (nq()->watching)
-        nbd_event(&queue, nbd_tag(nq(), NBD_WATCH), POLLRDHUP);
+        nbd_event(&queue, NBD_WATCH, POLLRDHUP);
 }
 
 static void turn(void)
@@ -346,9 +431,9 @@ static void abandon(void)
             free(memory[i][k]);
             memory[i][k] = k ? NULL : malloc(1);
         }
-    store_relaxed(&queue.abandoned, true);
+    queue.abandoned = true;
     if (nq()->sending)
-        nbd_event(&queue, nbd_tag(nq(), NBD_SEND), 1);
+        nbd_event(&queue, NBD_SEND, 1);
     REQUIRE(!nq()->sending);
     turn();
     turn();
@@ -362,10 +447,6 @@ static void begin(bool flush)
     pthread_mutex_init(&nbd.lock, NULL);
     pthread_cond_init(&nbd.changed, NULL);
     nbd.config.event_fd = -1;
-    engine.backend = &nbd;
-    queue.engine = &engine;
-    queue.stats = &engine.stats[0];
-    queue.requests = requests;
     queue.config.size = REQUESTS;
     queue.config.features = (uint64_t)flush << VIRTIO_BLK_F_FLUSH;
     stream_bytes = 0;
@@ -378,7 +459,7 @@ static void finish(bool good)
         make_good();
     else
         abandon();
-    nbd_lost(nq(), "the end");
+    end();
     turn();
     nbd_queue_close(&queue);
 }

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "harness.h"
 #include "held_page.h"
 #include "inflight.h"

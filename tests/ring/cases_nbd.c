@@ -1,7 +1,7 @@
 /* The NBD backend against a server that is right, in all the protocol's dialects, and data checked by content. */
 #include <string.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fake_nbd.h"
 #include "nbd_rig.h"
 

@@ -4,7 +4,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fake_lookup.h"
 #include "fake_nbd.h"
 #include "nbd_rig.h"

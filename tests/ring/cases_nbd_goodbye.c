@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fake_nbd.h"
 #include "nbd_rig.h"
 

@@ -11,7 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fake_lookup.h"
 #include "fake_nbd.h"
 #include "nbd_rig.h"

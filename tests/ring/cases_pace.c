@@ -1,5 +1,5 @@
 /* Pace: when a queue polls and when it interrupts, as a function of what it was told. */
-#include "engine.h"
+#include "queue.h"
 #include "harness.h"
 
 enum { US = 1000, MS = 1000 * US };

@@ -9,7 +9,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fuse_image.h"
 #include "harness.h"
 #include "held_page.h"

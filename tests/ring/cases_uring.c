@@ -4,7 +4,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "harness.h"
 
 CASE(where_io_uring_is_refused_no_queue_starts_and_it_can_be_known_before)

@@ -4,7 +4,7 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 #include "fuse_image.h"
 #include "harness.h"
 

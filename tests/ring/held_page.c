@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "queue.h"
 
 void hold_page(struct rig *rig, struct held_page *held, uint8_t *page)
 {

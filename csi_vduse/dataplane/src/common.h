@@ -1,8 +1,9 @@
 /*
- * Small things that every file of the engine uses: atomics with the order in their name, and arithmetic.
+ * Small things that every file of the engine uses: atomics with the order in their name, and
+ * arithmetic.
  *
- * Ring fields are shared with a driver that may be hostile: each is read once, through these helpers, into a
- * local, and the local is checked and used.
+ * Ring fields are shared with a driver that may be hostile: each is read once, through these
+ * helpers, into a local, and the local is checked and used.
  */
 #ifndef VD_COMMON_H
 #define VD_COMMON_H
@@ -21,7 +22,10 @@
 #define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 /* For counters with one writer: readers may be late but never see a torn value. */
-#define count_up(p, n) store_relaxed((p), load_relaxed(p) + (n))
+static inline void count_up(uint64_t *counter, uint64_t by)
+{
+    store_relaxed(counter, load_relaxed(counter) + by);
+}
 
 /* In a loop that waits for another processor. */
 static inline void cpu_relax(void)

@@ -1,6 +1,6 @@
 /*
- * The engine: one device's backend, address map and queues. Everything here is called by the control thread, but
- * for vd_engine_report and vd_engine_wake_control, which queue threads call when something went wrong.
+ * The engine: one device's backend, address map and queues. Everything here is called by the
+ * control thread.
  */
 #include "engine.h"
 
@@ -8,20 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <unistd.h>
 
-static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd, &vd_backend_null,
-                                                         &vd_backend_error };
+#include "queue.h"
 
-int vd_uring_works(void)
-{
-    struct io_uring ring;
-    int error = io_uring_queue_init(1, &ring, 0);
-
-    if (!error)
-        io_uring_queue_exit(&ring);
-    return error;
-}
+static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd,
+                                                         &vd_backend_null, &vd_backend_error };
 
 int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 {
@@ -39,12 +30,13 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
         return -ENOMEM;
     engine->config = *config;
     engine->ops = ops;
-    engine->capacity_bytes = config->capacity_bytes;
-    memcpy(engine->serial, config->serial, strnlen(config->serial, VD_SERIAL_BYTES));
-    pthread_mutex_init(&engine->failure_lock, NULL);
+    engine->disk.capacity_bytes = config->capacity_bytes;
+    engine->disk.read_only = config->read_only;
+    memcpy(engine->disk.serial, config->serial, strnlen(config->serial, VD_SERIAL_BYTES));
+    vd_report_open(&engine->report, config->event_fd);
     /*
-     * Memory that the kernel needs for our threads, which take this from the one that begins them, must not be had by writing
-     * to a device like ours. Refused without CAP_SYS_RESOURCE.
+     * Memory that the kernel needs for our threads, which take this from the one that begins them,
+     * must not be had by writing to a device like ours. Refused without CAP_SYS_RESOURCE.
      */
     (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
     error = ops->open(config, &engine->backend);
@@ -60,13 +52,14 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 
 void vd_engine_free(struct vd_engine *engine)
 {
+    /* Threads that still wait for a backend use all of this; the end of the process frees it. */
     if (load_acquire(&engine->abandoned))
-        return; /* threads still wait for a backend and use all of this; the end of the process frees it */
+        return;
     vd_memory_guard_me(NULL);
     if (engine->backend)
         engine->ops->close(engine->backend);
     vd_memory_free(engine->memory);
-    pthread_mutex_destroy(&engine->failure_lock);
+    vd_report_close(&engine->report);
     free(engine);
 }
 
@@ -98,7 +91,10 @@ int vd_engine_set_regions(struct vd_engine *engine, const struct vd_region *regi
         memory->older = NULL;
         vd_memory_free(old);
     } else if (paused) {
-        /* Whoever was reset without waiting must not be written to; what was abandoned may be in any map since. */
+        /*
+         * Whoever was reset without waiting must not be written to; what was abandoned may be in
+         * any map since.
+         */
         for (; old; old = old->older)
             vd_memory_isolate(old);
     } /* else requests in flight hold addresses in it, and are to end as if nothing had happened */
@@ -113,9 +109,10 @@ int vd_engine_set_capacity(struct vd_engine *engine, uint64_t capacity_bytes)
     if (error)
         return error;
     vd_engine_backend_info(engine, &info);
-    if (capacity_bytes % VD_SECTOR_BYTES || (info.capacity_bytes && info.capacity_bytes < capacity_bytes))
+    if (capacity_bytes % VD_SECTOR_BYTES ||
+        (info.capacity_bytes && info.capacity_bytes < capacity_bytes))
         return -EINVAL;
-    store_relaxed(&engine->capacity_bytes, capacity_bytes);
+    store_relaxed(&engine->disk.capacity_bytes, capacity_bytes);
     return 0;
 }
 
@@ -127,29 +124,11 @@ void vd_engine_set_limits(struct vd_engine *engine, const struct vd_limits *limi
             vd_queue_wake(engine->queues[i]);
 }
 
-void vd_engine_wake_control(struct vd_engine *engine)
-{
-    uint64_t one = 1;
-
-    if (engine->config.event_fd >= 0)
-        (void)!write(engine->config.event_fd, &one, sizeof(one));
-}
-
-void vd_engine_report(struct vd_engine *engine, const struct vd_request *request, int error, bool waits)
-{
-    struct vd_failure *f = &engine->failure;
-
-    pthread_mutex_lock(&engine->failure_lock);
-    *f = (struct vd_failure){ f->count + !waits, f->waits + waits, request->offset, request->operation, error };
-    pthread_mutex_unlock(&engine->failure_lock);
-    vd_engine_wake_control(engine);
-}
-
 void vd_engine_failure(struct vd_engine *engine, struct vd_failure *failure)
 {
-    pthread_mutex_lock(&engine->failure_lock);
-    *failure = engine->failure;
-    pthread_mutex_unlock(&engine->failure_lock);
+    pthread_mutex_lock(&engine->report.lock);
+    *failure = engine->report.newest;
+    pthread_mutex_unlock(&engine->report.lock);
 }
 
 uint32_t vd_engine_abandoned(struct vd_engine *engine)
@@ -159,7 +138,8 @@ uint32_t vd_engine_abandoned(struct vd_engine *engine)
 
 void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_queue_stats *stats)
 {
-    _Static_assert(sizeof(*stats) % sizeof(uint64_t) == 0, "copied by words, so that no counter is torn");
+    _Static_assert(sizeof(*stats) % sizeof(uint64_t) == 0,
+                   "copied by words, so that no counter is torn");
     memset(stats, 0, sizeof(*stats));
     if (index >= VD_QUEUES_MAX)
         return;

@@ -1,10 +1,10 @@
 /*
- * Where a latency is counted: log-linear buckets, as in HdrHistogram. A bucket is at most an eighth as wide as what
- * it counts, so that its middle is at most a sixteenth away from the truth.
+ * Where a latency is counted: log-linear buckets, as in HdrHistogram. A bucket is at most an eighth
+ * as wide as what it counts, so that its middle is at most a sixteenth away from the truth.
  *
- * The unit is an eighth of a microsecond. The first eight buckets are one unit wide; from there on each power of two,
- * which begins at a power of two of microseconds, has eight buckets. The last bucket takes everything that is longer
- * than the rest count. csi_vduse/histogram.py reads them.
+ * The unit is an eighth of a microsecond. The first eight buckets are one unit wide; from there on
+ * each power of two, which begins at a power of two of microseconds, has eight buckets. The last
+ * bucket takes everything that is longer than the rest count. csi_vduse/histogram.py reads them.
  */
 #ifndef VD_HISTOGRAM_H
 #define VD_HISTOGRAM_H

@@ -1,16 +1,17 @@
 /*
- * The in-flight log: init, take, publish, recover. Runs on the queue's thread, but for init, open and recover, which
- * come before that starts.
+ * The in-flight log: init, take, publish, recover. Runs on the queue's thread, but for init, open
+ * and recover, which come before that starts.
  *
- * Split: an entry is in flight from `inflight = 1` on. A batch is published by the ring's used index; until the log's
- * used_idx has followed, the last (used index - used_idx) entries of the list of those that ended are in doubt, and
- * recovery takes them off.
+ * Split: an entry is in flight from `inflight = 1` on. A batch is published by the ring's used
+ * index; until the log's used_idx has followed, the last (used index - used_idx) entries of the
+ * list of those that ended are in doubt, and recovery takes them off.
  *
- * Packed: chains are copied into entries of a free list, and are in flight once the free list begins behind them
- * (old_free_head). A batch goes onto the free list, the position is moved, and the ring's used descriptors are shown;
- * the old values follow. If they have not, the ring tells whether the batch was shown: then recovery finishes the
- * move, else it takes it back. Heads of lists change together with their old values in one store, and so do
- * positions, where the order of two stores would leave a moment that recovery could misread.
+ * Packed: chains are copied into entries of a free list, and are in flight once the free list
+ * begins behind them (old_free_head). A batch goes onto the free list, the position is moved, and
+ * the ring's used descriptors are shown; the old values follow. If they have not, the ring tells
+ * whether the batch was shown: then recovery finishes the move, else it takes it back. Heads of
+ * lists change together with their old values in one store, and so do positions, where the order of
+ * two stores would leave a moment that recovery could misread.
  */
 #include "inflight.h"
 
@@ -27,9 +28,12 @@ enum { VERSION = 1, BEGINNING = 0x8001, ALIGN = 64 };
 /* The one thing that decides the layout; 0 for split rings, as vhost-user has it. */
 static const uint64_t PACKED = 1ull << VIRTIO_F_RING_PACKED;
 
-_Static_assert(sizeof(struct vd_log_split) == 16 && sizeof(struct vd_log_split_state) == 16, "as in vhost-user");
-_Static_assert(sizeof(struct vd_log_packed) == 32 && sizeof(struct vd_log_packed_state) == 32, "as in vhost-user");
-_Static_assert(offsetof(struct vd_log_packed, heads) == 12 && offsetof(struct vd_log_packed, positions) == 16,
+_Static_assert(sizeof(struct vd_log_split) == 16 && sizeof(struct vd_log_split_state) == 16,
+               "as in vhost-user");
+_Static_assert(sizeof(struct vd_log_packed) == 32 && sizeof(struct vd_log_packed_state) == 32,
+               "as in vhost-user");
+_Static_assert(offsetof(struct vd_log_packed, heads) == 12 &&
+                   offsetof(struct vd_log_packed, positions) == 16,
                "as in vhost-user, and where one store can write them");
 
 static void set_heads(struct vd_log_packed *p, uint16_t head, uint16_t old)
@@ -45,8 +49,9 @@ static void set_positions(struct vd_log_packed *p, uint16_t used, uint16_t old)
 
 uint64_t vd_inflight_bytes(uint32_t queue_size, int packed)
 {
-    uint64_t bytes = packed ? sizeof(struct vd_log_packed) + queue_size * sizeof(struct vd_log_packed_state)
-                            : sizeof(struct vd_log_split) + queue_size * sizeof(struct vd_log_split_state);
+    uint64_t bytes =
+        packed ? sizeof(struct vd_log_packed) + queue_size * sizeof(struct vd_log_packed_state)
+               : sizeof(struct vd_log_split) + queue_size * sizeof(struct vd_log_split_state);
 
     return (bytes + ALIGN - 1) / ALIGN * ALIGN;
 }
@@ -101,7 +106,8 @@ int vd_log_open(const struct vd_queue_config *config, struct vd_log **result)
     *result = NULL;
     if (!config->inflight)
         return 0;
-    if ((uintptr_t)config->inflight % ALIGN || config->inflight_bytes < vd_inflight_bytes(config->size, packed))
+    if ((uintptr_t)config->inflight % ALIGN ||
+        config->inflight_bytes < vd_inflight_bytes(config->size, packed))
         return -EINVAL;
     log = calloc(1, sizeof(*log));
     if (!log)
@@ -204,7 +210,10 @@ void vd_log_published_split(struct vd_log *log, uint16_t used)
     VD_STEP();
 }
 
-/* Read the free list, from head on: every entry on it is free, whatever else it says. Returns how many, or -1. */
+/*
+ * Read the free list, from head on: every entry on it is free, whatever else it says. Returns how
+ * many, or -1.
+ */
 static int recover_free(struct vd_log *log, uint16_t head, bool *seen)
 {
     struct vd_log_packed *p = log->packed;
@@ -247,7 +256,8 @@ static int recover_chain(struct vd_log *log, uint16_t head, bool *seen, bool *id
     return num;
 }
 
-int vd_log_recover_packed(struct vd_log *log, struct vring_packed_desc *ring, uint16_t *position, uint16_t *taken)
+int vd_log_recover_packed(struct vd_log *log, struct vring_packed_desc *ring, uint16_t *position,
+                          uint16_t *taken)
 {
     struct vd_log_packed *p = log->packed;
     bool seen[VD_LOG_ENTRIES_MAX] = { false }, ids[VD_LOG_ENTRIES_MAX] = { false };
@@ -255,8 +265,9 @@ int vd_log_recover_packed(struct vd_log *log, struct vring_packed_desc *ring, ui
     uint16_t used = p->used_idx, old = p->old_used_idx, head = p->old_free_head;
     int free_count, in_flight = 0;
 
-    if (p->version != VERSION || p->features != PACKED || p->desc_num != log->size || used >= log->size ||
-        old >= log->size || p->used_wrap_counter > 1 || p->old_used_wrap_counter > 1)
+    if (p->version != VERSION || p->features != PACKED || p->desc_num != log->size ||
+        used >= log->size || old >= log->size || p->used_wrap_counter > 1 ||
+        p->old_used_wrap_counter > 1)
         return -EINVAL;
     used |= (uint16_t)(p->used_wrap_counter << 15);
     old |= (uint16_t)(p->old_used_wrap_counter << 15);
@@ -283,7 +294,10 @@ int vd_log_recover_packed(struct vd_log *log, struct vring_packed_desc *ring, ui
     }
     if (free_count + in_flight != log->size)
         return -EINVAL;
-    /* Used descriptors of a batch whose first was not shown must not be met when others end in another order. */
+    /*
+     * Used descriptors of a batch whose first was not shown must not be met when others end in
+     * another order.
+     */
     for (uint16_t i = 0, at = old; i < in_flight; i++, at = packed_moved(at, 1, log->size)) {
         uint16_t *flags = &ring[packed_index(at)].flags;
 
@@ -295,7 +309,8 @@ int vd_log_recover_packed(struct vd_log *log, struct vring_packed_desc *ring, ui
     return 0;
 }
 
-uint16_t vd_log_note(struct vd_log *log, uint16_t entry, uint64_t addr, uint32_t len, uint16_t id, uint16_t flags)
+uint16_t vd_log_note(struct vd_log *log, uint16_t entry, uint64_t addr, uint32_t len, uint16_t id,
+                     uint16_t flags)
 {
     struct vd_log_packed_state *state = &log->packed->states[entry];
 

@@ -1,11 +1,13 @@
 /*
- * Address map: built by the control thread while no queue runs, read by queue threads without locks, replaced
- * whole. A driver chooses every address that comes in here, so nothing is assumed about them.
+ * Address map: built by the control thread while no queue runs, read by queue threads without
+ * locks, replaced whole. A driver chooses every address that comes in here, so nothing is assumed
+ * about them.
  *
- * The files behind the map belong to someone else (the kernel's bounce pages, a guest's memory) who may take
- * pages away while we hold them mapped. Touching such a page raises SIGBUS, and a worker that dies of it would
- * be a way for a driver to kill us; so the guard puts a page of zeros there and counts the fault. The queue that
- * reads the zeros looks at the count and stops. Each engine has a guard of its own, which its threads know.
+ * The files behind the map belong to someone else (the kernel's bounce pages, a guest's memory) who
+ * may take pages away while we hold them mapped. Touching such a page raises SIGBUS, and a worker
+ * that dies of it would be a way for a driver to kill us; so the guard puts a page of zeros there
+ * and counts the fault. The queue that reads the zeros looks at the count and stops. Each engine
+ * has a guard of its own, which its threads know.
  */
 #include "memory.h"
 
@@ -21,7 +23,10 @@
 
 static _Thread_local struct vd_guard *guard; /* of the engine that this thread works for */
 
-/* Of no length: each access to a mapping of it is past its end. Made beforehand, for there may be no descriptor left. */
+/*
+ * Of no length: each access to a mapping of it is past its end. Made beforehand, for there may be
+ * no descriptor left.
+ */
 static int empty_fd = -1;
 
 static int by_iova(const void *a, const void *b)
@@ -56,7 +61,8 @@ static int map(struct vd_mapping *m)
 
     if (base == MAP_FAILED)
         return -errno;
-    (void)munlock(base, m->length); /* our own memory may be locked; what a guest has is not ours to keep */
+    /* our own memory may be locked; what a guest has is not ours to keep */
+    (void)munlock(base, m->length);
     m->base = base;
     return 0;
 }
@@ -85,8 +91,11 @@ int vd_memory_new(const struct vd_region *regions, uint32_t count, struct vd_mem
             error = -EINVAL;
             break;
         }
-        *m = (struct vd_mapping){ .iova = r->iova, .last = r->iova + (r->size - 1), .page = page,
-                                  .length = (r->size + shift + page - 1) / page * page, .writable = r->writable,
+        *m = (struct vd_mapping){ .iova = r->iova,
+                                  .last = r->iova + (r->size - 1),
+                                  .page = page,
+                                  .length = (r->size + shift + page - 1) / page * page,
+                                  .writable = r->writable,
                                   .offset = (off_t)(r->offset - shift) };
         m->fd = fcntl(r->fd, F_DUPFD_CLOEXEC, 0);
         error = m->fd < 0 ? -errno : map(m);
@@ -142,7 +151,8 @@ void vd_memory_isolate(struct vd_memory *memory)
     for (uint32_t i = 0; i < memory->count; i++) {
         struct vd_mapping *m = &memory->mappings[i];
 
-        if (mmap(m->base, m->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, empty_fd, 0) == MAP_FAILED)
+        if (mmap(m->base, m->length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, empty_fd, 0) ==
+            MAP_FAILED)
             mprotect(m->base, m->length, PROT_NONE);
     }
 }
@@ -165,8 +175,8 @@ static const struct vd_mapping *find(const struct vd_memory *memory, uint64_t io
     return NULL;
 }
 
-void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length, bool write,
-                          uint64_t *contiguous)
+void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length,
+                          bool write, uint64_t *contiguous)
 {
     const struct vd_mapping *m = find(memory, iova);
 
@@ -176,7 +186,8 @@ void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_
     return m->address + (iova - m->iova);
 }
 
-void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length, bool write)
+void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length,
+                                bool write)
 {
     uint64_t contiguous;
     void *address = vd_memory_translate(memory, iova, length, write, &contiguous);
@@ -207,12 +218,16 @@ static bool patch(uintptr_t address)
     return false;
 }
 
-/* Runs on whichever thread touched the page; mmap is a plain system call, safe here (signal-safety(7)). */
+/*
+ * Runs on whichever thread touched the page; mmap is a plain system call, safe here
+ * (signal-safety(7)).
+ */
 static void on_sigbus(int signal_number, siginfo_t *info, void *context)
 {
     (void)context;
+    /* If it is not ours the instruction runs again, and the process dies of it. */
     if (!guard || !patch((uintptr_t)info->si_addr))
-        signal(signal_number, SIG_DFL); /* not ours: the instruction runs again and the process dies of it */
+        signal(signal_number, SIG_DFL);
 }
 
 int vd_memory_guard(struct vd_guard *g, struct vd_memory *memory)

@@ -11,17 +11,18 @@ struct vd_mapping {
     uint64_t iova;
     uint64_t last; /* inclusive: a region may end at the top of the address space */
     uint8_t *address;
-    void *base;    /* what mmap gave, and how much: rounded to whole pages */
+    void *base; /* what mmap gave, and how much: rounded to whole pages */
     size_t length;
-    size_t page;   /* of the file */
+    size_t page; /* of the file */
     bool writable;
-    bool patched;  /* the guard has put pages of zeros in */
-    int fd;        /* our own duplicate, to map it again */
-    off_t offset;  /* of base */
+    bool patched; /* the guard has put pages of zeros in */
+    int fd;       /* our own duplicate, to map it again */
+    off_t offset; /* of base */
 };
 
 struct vd_memory {
-    struct vd_memory *older; /* what this one replaced while requests still used it; freed with it */
+    /* what this one replaced while requests still used it; freed with it */
+    struct vd_memory *older;
     uint32_t count;
     struct vd_mapping mappings[]; /* by iova, not overlapping */
 };
@@ -33,20 +34,23 @@ void vd_memory_free(struct vd_memory *memory);
 int vd_memory_restore(struct vd_memory *memory);
 
 /*
- * Take the driver's memory away from abandoned requests: what the kernel still wants to copy from or to these
- * addresses fails (EFAULT) from now on. Pages that it has pinned for direct I/O are beyond our reach.
+ * Take the driver's memory away from abandoned requests: what the kernel still wants to copy from
+ * or to these addresses fails (EFAULT) from now on. Pages that it has pinned for direct I/O are
+ * beyond our reach.
  */
 void vd_memory_isolate(struct vd_memory *memory);
 
 /*
- * Translate the start of [iova, iova + length). Returns NULL if iova is not mapped, or not writable where that
- * is asked for; otherwise *contiguous is how much of length lies in the same mapping, at least 1.
+ * Translate the start of [iova, iova + length). Returns NULL if iova is not mapped, or not writable
+ * where that is asked for; otherwise *contiguous is how much of length lies in the same mapping, at
+ * least 1.
  */
-void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length, bool write,
-                          uint64_t *contiguous);
+void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length,
+                          bool write, uint64_t *contiguous);
 
 /* Translate all of it in one piece, or NULL. */
-void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length, bool write);
+void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length,
+                                bool write);
 
 /* What answers a SIGBUS of an engine's threads: a page of zeros, instead of death. */
 struct vd_guard {

@@ -6,7 +6,7 @@ enum {
     POLL_MAX_NS = 200000,
     GAP_MIN_NS = 20000,
     GAP_MAX_NS = 200000,
-    GAPS = 3,         /* this many times the usual gap without a completion: no more will come */
+    GAPS = 3, /* this many times the usual gap without a completion: no more will come */
     HOLD_MAX_NS = 500000,
     COMPANY_MAX = 15, /* completions beyond the first */
     ONE = 8,          /* fixed point: a completion */
@@ -73,5 +73,7 @@ void vd_pace_woke(struct vd_pace *p, bool slept, uint64_t now_ns)
     if (idle_ns > POLL_MAX_NS)
         p->poll_ns = p->poll_ns > 2 * POLL_MIN_NS ? p->poll_ns / 2 : 0;
     else
-        p->poll_ns = p->poll_ns < POLL_MIN_NS ? POLL_MIN_NS : p->poll_ns < POLL_MAX_NS / 2 ? 2 * p->poll_ns : POLL_MAX_NS;
+        p->poll_ns = p->poll_ns < POLL_MIN_NS       ? POLL_MIN_NS
+                     : p->poll_ns < POLL_MAX_NS / 2 ? 2 * p->poll_ns
+                                                    : POLL_MAX_NS;
 }

@@ -1,15 +1,17 @@
 /*
- * When a queue's thread polls instead of sleeping, and when it interrupts the driver: decisions of values and times,
- * without effects. One queue thread owns a pace.
+ * When a queue's thread polls instead of sleeping, and when it interrupts the driver: decisions of
+ * values and times, without effects. One queue thread owns a pace.
  *
- * Polling: waking a thread costs more than most requests. A thread that found out that work came soon after it went
- * to sleep polls for a while before the next sleep; one that slept long stops polling. An idle queue sleeps.
+ * Polling: waking a thread costs more than most requests. A thread that found out that work came
+ * soon after it went to sleep polls for a while before the next sleep; one that slept long stops
+ * polling. An idle queue sleeps.
  *
- * Interrupts: one costs more than a request does, and it stops a driver that is busy making requests. Completions are
- * visible in the ring at once, but the interrupt for them waits for company: for as many more as were worth waiting for
- * before. How many those are is learned: a little more when they came, less when they did not. The wait ends when
- * nothing has completed for a few times the usual gap, so that what a driver pays for a wait in vain is small. A driver
- * that keeps one request going has no company, and never waits.
+ * Interrupts: one costs more than a request does, and it stops a driver that is busy making
+ * requests. Completions are visible in the ring at once, but the interrupt for them waits for
+ * company: for as many more as were worth waiting for before. How many those are is learned: a
+ * little more when they came, less when they did not. The wait ends when nothing has completed for
+ * a few times the usual gap, so that what a driver pays for a wait in vain is small. A driver that
+ * keeps one request going has no company, and never waits.
  */
 #ifndef VD_PACE_H
 #define VD_PACE_H
@@ -17,13 +19,13 @@
 #include "common.h"
 
 struct vd_pace {
-    uint32_t poll_ns;      /* poll this long before sleeping */
-    uint32_t company;      /* completions beyond the first that an interrupt waits for, times 8 */
-    uint32_t owed;         /* completions shown whose interrupt was not decided */
-    bool more;             /* while they were, the driver had other requests going */
+    uint32_t poll_ns; /* poll this long before sleeping */
+    uint32_t company; /* completions beyond the first that an interrupt waits for, times 8 */
+    uint32_t owed;    /* completions shown whose interrupt was not decided */
+    bool more;        /* while they were, the driver had other requests going */
     uint64_t owed_since_ns, shown_ns; /* when the first and the last of them were shown */
-    uint64_t gap_ns;       /* between completions, on average, pauses left out */
-    uint64_t idle_since_ns; /* when the thread ran out of work; 0: it has some */
+    uint64_t gap_ns;                  /* between completions, on average, pauses left out */
+    uint64_t idle_since_ns;           /* when the thread ran out of work; 0: it has some */
 };
 
 /* count completions were shown; more: the driver has other requests going. */

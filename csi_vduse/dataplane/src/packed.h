@@ -1,6 +1,6 @@
 /*
- * Positions in a packed ring: index in the low bits, the wrap counter of that lap in bit 15. This is how vhost-user
- * and the event suppression structures write them too.
+ * Positions in a packed ring: index in the low bits, the wrap counter of that lap in bit 15. This
+ * is how vhost-user and the event suppression structures write them too.
  */
 #ifndef VD_PACKED_H
 #define VD_PACKED_H

@@ -1,6 +1,7 @@
 /*
- * What a queue counts. Its thread alone writes, without locks; readers may be a little late but see no torn number
- * (vd_queue_stats_read). Nothing here is more than a few additions to memory that no other queue's thread writes.
+ * What a queue counts. Its thread alone writes, without locks; readers may be a little late but see
+ * no torn number (vd_queue_stats_read). Nothing here is more than a few additions to memory that no
+ * other queue's thread writes.
  */
 #include "stats.h"
 
@@ -8,12 +9,15 @@
 
 enum { STALL_NS = 1000000000 };
 
-_Static_assert(sizeof(((struct vd_operation_stats *)0)->latency) == VD_LATENCY_BUCKETS * sizeof(uint64_t) &&
-                   sizeof(((struct vd_queue_stats *)0)->depths) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
-                   sizeof(((struct vd_queue_stats *)0)->batch_sizes) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
-                   sizeof(((struct vd_queue_stats *)0)->operations) == VD_OPERATIONS * sizeof(struct vd_operation_stats),
-               "lengths that cffi must read as numbers");
-_Static_assert(VD_QUEUE_SIZE_MAX == 1 << (VD_COUNT_BUCKETS - 1), "the last bucket ends with the largest queue");
+_Static_assert(
+    sizeof(((struct vd_operation_stats *)0)->latency) == VD_LATENCY_BUCKETS * sizeof(uint64_t) &&
+        sizeof(((struct vd_queue_stats *)0)->depths) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
+        sizeof(((struct vd_queue_stats *)0)->batch_sizes) == VD_COUNT_BUCKETS * sizeof(uint64_t) &&
+        sizeof(((struct vd_queue_stats *)0)->operations) ==
+            VD_OPERATIONS * sizeof(struct vd_operation_stats),
+    "lengths that cffi must read as numbers");
+_Static_assert(VD_QUEUE_SIZE_MAX == 1 << (VD_COUNT_BUCKETS - 1),
+               "the last bucket ends with the largest queue");
 
 void vd_count_batch(struct vd_queue *q, uint32_t taken, uint32_t depth)
 {
@@ -71,10 +75,9 @@ void vd_count_finished(struct vd_queue *q, const struct vd_request *r, int error
         count_up(&s->bytes, r->length);
 }
 
-void vd_count_remote(struct vd_queue *q, uint64_t sent_ns)
+void vd_count_remote(struct vd_remote_stats *s, uint64_t sent_ns, uint64_t now_ns)
 {
-    struct vd_remote_stats *s = &q->stats->remote;
-    uint64_t ns = q->now_ns - sent_ns;
+    uint64_t ns = now_ns - sent_ns;
 
     count_up(&s->commands, 1);
     count_up(&s->latency_ns, ns);

@@ -2,7 +2,7 @@
 #ifndef VD_STATS_H
 #define VD_STATS_H
 
-#include "engine.h"
+#include "queue.h"
 
 /* A batch was taken from the ring: how many requests, and how many were in flight with them. */
 void vd_count_batch(struct vd_queue *queue, uint32_t taken, uint32_t depth);
@@ -21,8 +21,5 @@ void vd_count_none(struct vd_queue *queue);
 
 /* Something was answered. */
 void vd_count_answered(struct vd_queue *queue);
-
-/* A command that was handed to the kernel at a moment has been answered. */
-void vd_count_remote(struct vd_queue *queue, uint64_t sent_ns);
 
 #endif

@@ -1,27 +1,30 @@
 /*
- * Throttle: a generic cell rate algorithm for each resource, shared by an engine's queues without a lock.
+ * Throttle: a generic cell rate algorithm for each resource, shared by an engine's queues without a
+ * lock.
  *
- * For each resource there is one moment, free_ns: when everything that has been granted will be paid for at the
- * configured rate. A request adds its cost to it, by compare-and-swap, and in that one step learns when it may
- * start: burst_ns before the moment that it found. So queues are served in the order in which they asked, none of
- * them starves whatever it sends, and a request larger than any burst waits its turn and passes like another.
- * That a sleeper wakes late costs nothing, as long as it is less than the burst: the moment does not move for it.
+ * For each resource there is one moment, free_ns: when everything that has been granted will be
+ * paid for at the configured rate. A request adds its cost to it, by compare-and-swap, and in that
+ * one step learns when it may start: burst_ns before the moment that it found. So queues are served
+ * in the order in which they asked, none of them starves whatever it sends, and a request larger
+ * than any burst waits its turn and passes like another. That a sleeper wakes late costs nothing,
+ * as long as it is less than the burst: the moment does not move for it.
  *
- * A request that has to wait is held by its queue, one at most, with its tokens taken; all others stay in
- * the driver's ring. Whatever ends the queue's fetching (pause, stop, a fault) ends the wait at once. A change of
- * limits forgives all debts, and held requests ask again.
+ * A request that has to wait is held by its queue (queue.c), one at most, with its tokens taken;
+ * all others stay in the driver's ring. A change of limits forgives all debts, and held requests
+ * ask again.
  *
- * FLUSH passes free; DISCARD and WRITE_ZEROES are one request without bytes. What the engine answers itself (GET_ID,
- * errors) never comes here.
+ * FLUSH passes free; DISCARD and WRITE_ZEROES are one request without bytes. What the engine
+ * answers itself (GET_ID, errors) never comes here.
  *
- * Runs on queue threads, but for vd_throttle_set. Numbers of an old and a new limit may be seen mixed for one
- * request, which then waits a little wrongly.
+ * Runs on queue threads, but for vd_throttle_set. Numbers of an old and a new limit may be seen
+ * mixed for one request, which then waits a little wrongly.
  */
 #include "throttle.h"
 
-#include "engine.h"
-
-/* No single debt is longer: sums cannot overflow, and a limit that is lifted later is not forgotten behind it. */
+/*
+ * No single debt is longer: sums cannot overflow, and a limit that is lifted later is not forgotten
+ * behind it.
+ */
 #define DEBT_MAX_NS (24ull * 3600 * 1000000000)
 
 enum { PRICE_SHIFT = 32 };
@@ -39,7 +42,10 @@ void vd_throttle_set(struct vd_throttle *t, const struct vd_limits *limits)
     for (int i = 0; i < VD_RESOURCES; i++)
         store_relaxed(&t->free_ns[i], 0);
     store_relaxed(&t->enabled, limits->requests_per_s || limits->bytes_per_s);
-    /* Pairs with the acquire in vd_throttle_release: who sees the new generation sees the new limits. */
+    /*
+     * Pairs with the acquire in vd_throttle_generation: who sees the new generation sees the new
+     * limits.
+     */
     store_release(&t->generation, t->generation + 1);
 }
 
@@ -57,50 +63,20 @@ static uint64_t buy(struct vd_throttle *t, enum vd_resource resource, uint64_t u
         after = cost < DEBT_MAX_NS ? from + (uint64_t)cost : from + DEBT_MAX_NS;
         if (after > now + burst + DEBT_MAX_NS)
             after = now + burst + DEBT_MAX_NS;
-    } while (!__atomic_compare_exchange_n(&t->free_ns[resource], &before, after, true, __ATOMIC_RELAXED,
-                                          __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n(&t->free_ns[resource], &before, after, true,
+                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return from > now + burst ? from - burst : now;
 }
 
-static uint64_t start_of(struct vd_throttle *t, const struct vd_request *r, uint64_t now)
+uint64_t vd_throttle_start(struct vd_throttle *t, enum vd_operation operation, uint64_t bytes,
+                           uint64_t now)
 {
-    bool moves = r->operation == VD_READ || r->operation == VD_WRITE;
-    uint64_t by_requests = buy(t, VD_REQUESTS, 1, now);
-    uint64_t by_bytes = buy(t, VD_BYTES, moves ? r->length : 0, now);
+    bool moves = operation == VD_READ || operation == VD_WRITE;
+    uint64_t by_requests, by_bytes;
 
+    if (operation == VD_FLUSH)
+        return now;
+    by_requests = buy(t, VD_REQUESTS, 1, now);
+    by_bytes = buy(t, VD_BYTES, moves ? bytes : 0, now);
     return by_requests > by_bytes ? by_requests : by_bytes;
-}
-
-bool vd_throttle_admit(struct vd_queue *q, struct vd_request *r)
-{
-    struct vd_throttle *t = &q->engine->throttle;
-    uint32_t generation = load_acquire(&t->generation);
-
-    if (r->operation == VD_FLUSH)
-        return true;
-    q->held_until_ns = start_of(t, r, q->now_ns);
-    if (q->held_until_ns <= q->now_ns)
-        return true;
-    q->held = r;
-    q->held_generation = generation;
-    count_up(&q->stats->throttled, 1);
-    return false;
-}
-
-struct vd_request *vd_throttle_release(struct vd_queue *q, bool now)
-{
-    struct vd_throttle *t = &q->engine->throttle;
-    struct vd_request *r = q->held;
-    uint32_t generation = load_acquire(&t->generation); /* pairs with the release in vd_throttle_set */
-
-    if (generation != q->held_generation) {
-        q->held_generation = generation;
-        q->held_until_ns = start_of(t, r, q->now_ns);
-    }
-    if (!now && q->held_until_ns > q->now_ns)
-        return NULL;
-    count_up(&q->stats->throttled_ns, q->now_ns - r->fetched_ns);
-    r->fetched_ns = q->now_ns; /* its latency is what comes after: that others wait in the ring is not counted either */
-    q->held = NULL;
-    return r;
 }

@@ -5,32 +5,42 @@
 #include "common.h"
 #include "engine_api.h"
 
-struct vd_queue;
-struct vd_request;
-
 enum vd_resource { VD_REQUESTS, VD_BYTES, VD_RESOURCES };
 
 struct vd_throttle {
     /* Written by the control thread, read by queues. */
     uint32_t enabled;
-    uint32_t generation;           /* grows with every change, so that a queue notices one while it waits */
+    /* grows with every change, so that a queue notices one while it waits */
+    uint32_t generation;
     uint64_t burst_ns;
-    uint64_t price[VD_RESOURCES];  /* nanoseconds of one unit, with PRICE_SHIFT fraction bits; 0: no limit */
-    uint8_t apart[64];             /* so that the branch of those without limits reads a line that nobody writes */
+    /* nanoseconds of one unit, with PRICE_SHIFT fraction bits; 0: no limit */
+    uint64_t price[VD_RESOURCES];
+    /* so that the branch of those without limits reads a line that nobody writes */
+    uint8_t apart[64];
     /* Written by all queues. */
     uint64_t free_ns[VD_RESOURCES]; /* when all that was granted is paid for */
 };
 
-/* Take limits up; every waiting queue has to be woken afterwards. */
+/* Take limits up; every waiting queue has to be woken afterwards, and asks again. */
 void vd_throttle_set(struct vd_throttle *throttle, const struct vd_limits *limits);
 
-/*
- * Whether a request may start now. If not, it is the queue's held one, and the queue fetches nothing until
- * vd_throttle_release has returned it.
- */
-bool vd_throttle_admit(struct vd_queue *queue, struct vd_request *request);
+/* Whether there are any. */
+static inline bool vd_throttle_limits(const struct vd_throttle *throttle)
+{
+    return load_relaxed(&throttle->enabled);
+}
 
-/* The held request if its time has come, or now if now is true; else NULL. */
-struct vd_request *vd_throttle_release(struct vd_queue *queue, bool now);
+/* Which limits are in force: they changed if this has. Look before asking for a start. */
+static inline uint32_t vd_throttle_generation(const struct vd_throttle *throttle)
+{
+    return load_acquire(&throttle->generation); /* pairs with the release in vd_throttle_set */
+}
+
+/*
+ * Pay for a request of so many bytes; returns the moment when it may start: now_ns if that is at
+ * once.
+ */
+uint64_t vd_throttle_start(struct vd_throttle *throttle, enum vd_operation operation,
+                           uint64_t bytes, uint64_t now_ns);
 
 #endif

@@ -1,17 +1,21 @@
 /*
- * virtio-blk requests (VIRTIO 1.3, 5.2.6): from a descriptor chain to a checked request, and back to a status.
+ * virtio-blk requests (VIRTIO 1.3, 5.2.6): from a descriptor chain to a checked request, and back
+ * to a status.
  *
- * Runs on the queue's thread. Everything that a backend sees has been checked here: offset and length are whole
- * sectors inside the capacity, extents too, writes do not reach a read-only device. What is wrong in a
- * well-formed chain fails that request alone.
+ * A verdict, and nothing else: the queue acts on it. Everything that a backend sees has been
+ * checked here: offset and length are whole sectors inside the capacity, extents too, writes do not
+ * reach a read-only device. What is wrong in a well-formed chain fails that request alone.
  */
+#include "virtio_blk.h"
+
 #include <errno.h>
 #include <linux/virtio_blk.h>
 #include <string.h>
 
-#include "engine.h"
-
-/* Take length bytes off the front of the pieces, copying them to out; the caller knows that they are there. */
+/*
+ * Take length bytes off the front of the pieces, copying them to out; the caller knows that they
+ * are there.
+ */
 static void take_front(struct iovec **iov, uint32_t *count, void *out, size_t length)
 {
     uint8_t *to = out;
@@ -43,15 +47,15 @@ static void put_serial(struct vd_request *r, const char *serial)
     }
 }
 
-static bool in_capacity(const struct vd_engine *engine, uint64_t sector, uint64_t sectors)
+static bool in_capacity(const struct vd_disk *disk, uint64_t sector, uint64_t sectors)
 {
-    uint64_t capacity = load_relaxed(&engine->capacity_bytes) / VD_SECTOR_BYTES;
+    uint64_t capacity = load_relaxed(&disk->capacity_bytes) / VD_SECTOR_BYTES;
 
     return sector <= capacity && sectors <= capacity - sector;
 }
 
 /* Read the segments of DISCARD or WRITE_ZEROES into extents; 0 or a positive errno. */
-static int read_extents(struct vd_queue *q, struct vd_request *r)
+static int read_extents(const struct vd_disk *disk, struct vd_request *r)
 {
     struct iovec *iov = r->data;
     uint32_t count = r->data_count;
@@ -68,7 +72,7 @@ static int read_extents(struct vd_queue *q, struct vd_request *r)
         take_front(&iov, &count, &segment, sizeof(segment));
         if (segment.flags & ~known)
             return ENOTSUP;
-        if (!in_capacity(q->engine, segment.sector, segment.num_sectors))
+        if (!in_capacity(disk, segment.sector, segment.num_sectors))
             return EINVAL;
         r->extents[i] = (struct vd_extent){ segment.sector * VD_SECTOR_BYTES,
                                             (uint64_t)segment.num_sectors * VD_SECTOR_BYTES,
@@ -79,18 +83,16 @@ static int read_extents(struct vd_queue *q, struct vd_request *r)
 }
 
 /* Decide what the request is and whether it may be done; 0 or a positive errno. */
-static int check(struct vd_queue *q, struct vd_request *r, uint32_t type, uint64_t sector)
+static int check(const struct vd_disk *disk, uint64_t features, struct vd_request *r, uint32_t type,
+                 uint64_t sector)
 {
-    bool read_only = q->engine->config.read_only;
-    uint64_t features = q->config.features;
-
     switch (type) {
     case VIRTIO_BLK_T_IN:
     case VIRTIO_BLK_T_OUT:
         r->operation = type == VIRTIO_BLK_T_IN ? VD_READ : VD_WRITE;
-        if (r->operation == VD_WRITE && read_only)
+        if (r->operation == VD_WRITE && disk->read_only)
             return EROFS;
-        if (r->length % VD_SECTOR_BYTES || !in_capacity(q->engine, sector, r->length / VD_SECTOR_BYTES))
+        if (r->length % VD_SECTOR_BYTES || !in_capacity(disk, sector, r->length / VD_SECTOR_BYTES))
             return EINVAL;
         r->offset = sector * VD_SECTOR_BYTES;
         return 0;
@@ -100,10 +102,12 @@ static int check(struct vd_queue *q, struct vd_request *r, uint32_t type, uint64
         return 0;
     case VIRTIO_BLK_T_DISCARD:
     case VIRTIO_BLK_T_WRITE_ZEROES:
-        if (!(features >> (type == VIRTIO_BLK_T_DISCARD ? VIRTIO_BLK_F_DISCARD : VIRTIO_BLK_F_WRITE_ZEROES) & 1))
+        if (!(features >> (type == VIRTIO_BLK_T_DISCARD ? VIRTIO_BLK_F_DISCARD
+                                                        : VIRTIO_BLK_F_WRITE_ZEROES) &
+              1))
             return ENOTSUP;
         r->operation = type == VIRTIO_BLK_T_DISCARD ? VD_DISCARD : VD_WRITE_ZEROES;
-        return read_only ? EROFS : read_extents(q, r);
+        return disk->read_only ? EROFS : read_extents(disk, r);
     case VIRTIO_BLK_T_GET_ID:
         r->operation = VD_GET_ID;
         if (r->length > VD_SERIAL_BYTES)
@@ -114,13 +118,13 @@ static int check(struct vd_queue *q, struct vd_request *r, uint32_t type, uint64
     }
 }
 
-bool vd_blk_begin(struct vd_queue *q, struct vd_request *r, const struct vd_chain *chain)
+enum vd_verdict vd_blk_begin(const struct vd_disk *disk, uint64_t features, struct vd_request *r,
+                             const struct vd_chain *chain, int *error)
 {
     struct virtio_blk_outhdr header;
     struct iovec *readable = chain->iov, *writable = chain->iov + chain->readable;
     uint32_t readable_count = chain->readable, writable_count = chain->writable;
     struct iovec *last;
-    int error;
 
     r->operation = VD_UNSUPPORTED;
     r->extent_count = 0;
@@ -131,9 +135,8 @@ bool vd_blk_begin(struct vd_queue *q, struct vd_request *r, const struct vd_chai
     if (!--last->iov_len)
         writable_count--;
     if (chain->readable_bytes < sizeof(header)) {
-        count_up(&q->stats->malformed, 1);
-        vd_request_finish(q, r, EINVAL);
-        return false;
+        *error = EINVAL;
+        return VD_MALFORMED;
     }
     take_front(&readable, &readable_count, &header, sizeof(header));
     if (header.type == VIRTIO_BLK_T_IN || header.type == VIRTIO_BLK_T_GET_ID) {
@@ -145,14 +148,12 @@ bool vd_blk_begin(struct vd_queue *q, struct vd_request *r, const struct vd_chai
         r->data_count = readable_count;
         r->length = chain->readable_bytes - sizeof(header);
     }
-    error = check(q, r, header.type, header.sector);
-    if (r->operation == VD_GET_ID)
-        put_serial(r, q->engine->serial);
-    if (error && error != ENOTSUP && error != EROFS)
-        count_up(&q->stats->malformed, 1);
-    if (error || r->operation == VD_GET_ID) {
-        vd_request_finish(q, r, error);
-        return false;
+    *error = check(disk, features, r, header.type, header.sector);
+    if (r->operation == VD_GET_ID) {
+        put_serial(r, disk->serial);
+        return VD_ANSWER;
     }
-    return true;
+    if (!*error)
+        return VD_SERVE;
+    return *error == ENOTSUP || *error == EROFS ? VD_ANSWER : VD_MALFORMED;
 }

@@ -1,18 +1,18 @@
-/*
- * What both ring formats share: setting up, and from a descriptor's addresses to ours. Nothing here trusts the
- * driver: every address goes through vd_memory, and a chain has at most as many pieces as the queue has entries.
- */
+/* What both ring formats share: setting up, and serving again what a predecessor left. */
 #include "vring.h"
 
 #include <linux/virtio_config.h>
 #include <string.h>
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio 1 rings are little endian, and so must we be");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "virtio 1 rings are little endian, and so must we be");
 
-bool vd_vring_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config)
+bool vd_vring_move(struct vd_vring *ring, const struct vd_memory *memory,
+                   const struct vd_queue_config *config)
 {
     ring->memory = memory;
-    return ring->is_packed ? vd_packed_move(ring, memory, config) : vd_split_move(ring, memory, config);
+    return ring->is_packed ? vd_packed_move(ring, memory, config)
+                           : vd_split_move(ring, memory, config);
 }
 
 enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory *memory,
@@ -30,7 +30,8 @@ enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory 
     ring->indirect = config->features >> VIRTIO_RING_F_INDIRECT_DESC & 1;
     if (!vd_vring_move(ring, memory, config))
         return VD_FAULT_RING_ADDRESS;
-    enum vd_queue_fault fault = ring->is_packed ? vd_packed_begin(ring, config) : vd_split_begin(ring, config);
+    enum vd_queue_fault fault = ring->is_packed ? vd_packed_begin(ring, config)
+                                                : vd_split_begin(ring, config);
 
     if (log)
         ring->replay_left = log->replay_count;
@@ -40,8 +41,8 @@ enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory 
 enum vd_queue_fault vd_vring_replay(struct vd_vring *ring, struct vd_chain *chain)
 {
     uint16_t entry = ring->log->replay[ring->log->replay_count - ring->replay_left--];
-    enum vd_queue_fault fault =
-        ring->is_packed ? vd_packed_replay(ring, chain, entry) : vd_split_replay(ring, chain, entry);
+    enum vd_queue_fault fault = ring->is_packed ? vd_packed_replay(ring, chain, entry)
+                                                : vd_split_replay(ring, chain, entry);
 
     if (load_relaxed(&ring->abandoned))
         chain->writable = 0;
@@ -53,36 +54,4 @@ uint32_t vd_vring_state(const struct vd_vring *ring)
     uint32_t avail = load_relaxed(&ring->next_avail);
 
     return ring->is_packed ? avail | (uint32_t)load_relaxed(&ring->published_used) << 16 : avail;
-}
-
-enum vd_queue_fault vd_chain_add(const struct vd_vring *ring, struct vd_chain *chain, uint64_t iova, uint32_t length,
-                                 bool write)
-{
-    if (!write && chain->writable)
-        return VD_FAULT_CHAIN; /* what the device reads comes first */
-    if (length && iova + (length - 1) < iova)
-        return VD_FAULT_CHAIN; /* it would go on at address 0 */
-    *(write ? &chain->writable_bytes : &chain->readable_bytes) += length;
-    while (length) {
-        uint64_t contiguous;
-        void *address = vd_memory_translate(ring->memory, iova, length, write, &contiguous);
-
-        if (!address || chain->readable + chain->writable == ring->size)
-            return VD_FAULT_CHAIN;
-        chain->iov[chain->readable + chain->writable] = (struct iovec){ address, contiguous };
-        *(write ? &chain->writable : &chain->readable) += 1;
-        iova += contiguous;
-        length -= (uint32_t)contiguous;
-    }
-    return VD_FAULT_NONE;
-}
-
-const void *vd_chain_table(const struct vd_vring *ring, uint64_t iova, uint32_t length)
-{
-    _Static_assert(sizeof(struct vring_desc) == 16 && sizeof(struct vring_packed_desc) == 16, "one size for both");
-    const void *table = NULL;
-
-    if (ring->indirect && length && length % sizeof(struct vring_desc) == 0)
-        table = vd_memory_translate_whole(ring->memory, iova, length, false);
-    return (uintptr_t)table % _Alignof(struct vring_desc) ? NULL : table;
 }

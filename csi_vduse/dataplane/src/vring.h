@@ -1,28 +1,21 @@
 /*
- * The device side of a virtqueue, for the queue's thread: chains come in, used entries go out. Which of the two
- * formats a ring has (VIRTIO 1.3: split in 2.7, packed in 2.8) is known to vring*.[ch] alone; calls go straight to the
- * format's own, by a branch that always goes the same way.
+ * The device side of a virtqueue, for the queue's thread: chains come in, used entries go out.
+ * Which of the two formats a ring has (VIRTIO 1.3: split in 2.7, packed in 2.8) is known to
+ * vring*.[ch] alone; calls go straight to the format's own, by a branch that always goes the same
+ * way.
  */
 #ifndef VD_VRING_H
 #define VD_VRING_H
 
 #include <linux/virtio_ring.h>
-#include <sys/uio.h>
 
+#include "chain.h"
 #include "common.h"
 #include "engine_api.h"
 #include "inflight.h"
 #include "memory.h"
 
 enum { VD_QUEUE_SIZE_MAX = 1024 };
-
-/* One descriptor chain in our addresses: first what the device reads, then what it writes. */
-struct vd_chain {
-    struct iovec *iov; /* room for as many as the queue has descriptors */
-    uint32_t readable, writable;
-    uint64_t readable_bytes, writable_bytes;
-    uint16_t id;       /* names the chain when it is returned */
-};
 
 struct vd_split {
     struct vring_desc *desc;
@@ -37,52 +30,56 @@ struct vd_packed {
     struct vring_packed_desc *desc;
     struct vring_packed_desc_event *driver; /* when it wants an interrupt */
     struct vring_packed_desc_event *device; /* when we want a kick */
-    uint16_t first_flags;  /* of the first descriptor of the batch, which is at published_used */
-    uint16_t pushed;       /* ring entries since the last publish */
-    uint16_t undecided;    /* published ones since it was last decided whether to interrupt */
-    uint16_t taken;        /* ring entries of all chains that the driver has not got back, pushed or not */
+    uint16_t first_flags; /* of the first descriptor of the batch, which is at published_used */
+    uint16_t pushed;      /* ring entries since the last publish */
+    uint16_t undecided;   /* published ones since it was last decided whether to interrupt */
+    /* ring entries of all chains that the driver has not got back, pushed or not */
+    uint16_t taken;
 };
 
 struct vd_vring {
     const struct vd_memory *memory;
-    struct vd_log *log;     /* owned; NULL: none */
+    struct vd_log *log; /* owned; NULL: none */
     union {
         struct vd_split split;
         struct vd_packed packed;
     };
     uint16_t size;
-    uint16_t next_avail;    /* next entry to fetch; of a packed ring, this and the next two are positions */
-    uint16_t next_used;     /* next entry to write */
+    /* next entry to fetch; of a packed ring, this and the next two are positions */
+    uint16_t next_avail;
+    uint16_t next_used;      /* next entry to write */
     uint16_t published_used; /* next_used when the driver was last shown it */
-    uint16_t replay_left;   /* chains that a predecessor left, which come first */
-    bool abandoned;         /* set by the control thread: the log may be another queue's, and nothing is fetched any more */
+    uint16_t replay_left;    /* chains that a predecessor left, which come first */
+    /* set by the control thread: the log may be another queue's, and nothing is fetched any more */
+    bool abandoned;
     bool is_packed;
     bool event_idx;
     bool indirect;
-    uint16_t slots[VD_QUEUE_SIZE_MAX]; /* by id: ring entries that the chain takes while in flight; 0: it is not */
+    /* by id: ring entries that the chain takes while in flight; 0: it is not */
+    uint16_t slots[VD_QUEUE_SIZE_MAX];
 };
 
-/* Find the rings in memory and take the indices and the log up, which is the ring's from here on, or NULL. */
+/*
+ * Find the rings in memory and take the indices and the log up, which is the ring's from here on,
+ * or NULL.
+ */
 enum vd_queue_fault vd_vring_init(struct vd_vring *ring, const struct vd_memory *memory,
                                   const struct vd_queue_config *config, struct vd_log *log);
 
 /*
- * Find the rings again in another memory; indices stay. False if they are not all there: the ring is unusable,
- * and is where it was.
+ * Find the rings again in another memory; indices stay. False if they are not all there: the ring
+ * is unusable, and is where it was.
  */
-bool vd_vring_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config);
+bool vd_vring_move(struct vd_vring *ring, const struct vd_memory *memory,
+                   const struct vd_queue_config *config);
 
 /* How far the queue is, as in vd_queue_config; any thread may ask. */
 uint32_t vd_vring_state(const struct vd_vring *ring);
 
-/* For the formats: append the memory of one descriptor to the chain, in as many pieces as it has mappings. */
-enum vd_queue_fault vd_chain_add(const struct vd_vring *ring, struct vd_chain *chain, uint64_t iova, uint32_t length,
-                                 bool write);
-/* For the formats: the table of an indirect descriptor in our addresses, or NULL if it cannot be one. */
-const void *vd_chain_table(const struct vd_vring *ring, uint64_t iova, uint32_t length);
-
-bool vd_split_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config);
-bool vd_packed_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config);
+bool vd_split_move(struct vd_vring *ring, const struct vd_memory *memory,
+                   const struct vd_queue_config *config);
+bool vd_packed_move(struct vd_vring *ring, const struct vd_memory *memory,
+                    const struct vd_queue_config *config);
 enum vd_queue_fault vd_split_begin(struct vd_vring *ring, const struct vd_queue_config *config);
 enum vd_queue_fault vd_packed_begin(struct vd_vring *ring, const struct vd_queue_config *config);
 int vd_split_available(const struct vd_vring *ring);
@@ -103,7 +100,10 @@ bool vd_packed_enable_kick(struct vd_vring *ring);
 void vd_split_disable_kick(struct vd_vring *ring);
 void vd_packed_disable_kick(struct vd_vring *ring);
 
-/* At most how many chains the driver has made available and we have not fetched; negative if it claims nonsense. */
+/*
+ * At most how many chains the driver has made available and we have not fetched; negative if it
+ * claims nonsense.
+ */
 static inline int vd_vring_available(const struct vd_vring *ring)
 {
     if (ring->replay_left)
@@ -112,9 +112,9 @@ static inline int vd_vring_available(const struct vd_vring *ring)
 }
 
 /*
- * Fetch the next available chain and translate it into chain->iov; call at most as often as vd_vring_available
- * said. VD_FAULT_NONE with nothing writable: there is no more. On a fault nothing has been fetched, and the ring
- * cannot be used any more.
+ * Fetch the next available chain and translate it into chain->iov; call at most as often as
+ * vd_vring_available said. VD_FAULT_NONE with nothing writable: there is no more. On a fault
+ * nothing has been fetched, and the ring cannot be used any more.
  */
 static inline enum vd_queue_fault vd_vring_next(struct vd_vring *ring, struct vd_chain *chain)
 {
@@ -123,7 +123,9 @@ static inline enum vd_queue_fault vd_vring_next(struct vd_vring *ring, struct vd
     return ring->is_packed ? vd_packed_next(ring, chain) : vd_split_next(ring, chain);
 }
 
-/* Return a chain to the driver, of which written bytes were written; visible with the next publish. */
+/*
+ * Return a chain to the driver, of which written bytes were written; visible with the next publish.
+ */
 static inline void vd_vring_push(struct vd_vring *ring, uint16_t id, uint32_t written)
 {
     if (ring->is_packed)
@@ -147,7 +149,10 @@ static inline bool vd_vring_wants_interrupt(struct vd_vring *ring)
     return ring->is_packed ? vd_packed_wants_interrupt(ring) : vd_split_wants_interrupt(ring);
 }
 
-/* Ask for a kick with the next available entry; true if one came already, so that sleeping would be wrong. */
+/*
+ * Ask for a kick with the next available entry; true if one came already, so that sleeping would be
+ * wrong.
+ */
 static inline bool vd_vring_enable_kick(struct vd_vring *ring)
 {
     return ring->is_packed ? vd_packed_enable_kick(ring) : vd_split_enable_kick(ring);

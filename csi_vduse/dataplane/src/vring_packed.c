@@ -1,24 +1,28 @@
 /*
- * Packed virtqueue, device side (VIRTIO 1.3, 2.8). One ring of descriptors goes both ways: the driver writes chains
- * into it, we write used descriptors over them, in the order in which requests end. A used descriptor moves our
- * position by as many entries as its chain took, so that driver and device agree on it without talking.
+ * Packed virtqueue, device side (VIRTIO 1.3, 2.8). One ring of descriptors goes both ways: the
+ * driver writes chains into it, we write used descriptors over them, in the order in which requests
+ * end. A used descriptor moves our position by as many entries as its chain took, so that driver
+ * and device agree on it without talking.
  *
  * Barriers, each with its partner in the driver (drivers/virtio/virtio_ring.c):
- *   - available: we load-acquire the flags of a chain's first descriptor before reading the rest of the chain; pairs
- *     with the driver's write barrier before it stores those flags, last of all.
- *   - used: we store-release the flags of a batch's first used descriptor after all others of the batch; pairs with
- *     the driver's read barrier after it loads the flags. The driver reads in ring order, so the batch shows at once.
- *   - notification: both sides store what the other looks for (flags of a descriptor, or an event structure), full
- *     barrier, then load what the other stored. One of the two always sees the other's store.
+ *   - available: we load-acquire the flags of a chain's first descriptor before reading the rest of
+ *     the chain; pairs with the driver's write barrier before it stores those flags, last of all.
+ *   - used: we store-release the flags of a batch's first used descriptor after all others of the
+ *     batch; pairs with the driver's read barrier after it loads the flags. The driver reads in
+ *     ring order, so the batch shows at once.
+ *   - notification: both sides store what the other looks for (flags of a descriptor, or an event
+ *     structure), full barrier, then load what the other stored. One of the two always sees the
+ *     other's store.
  *
- * Nothing here trusts the driver: descriptors are copied before use, ids are checked, and all chains that we have
- * fetched and not yet shown as used take no more entries than the ring has. So no position gets more than a lap ahead
- * of another, whatever the driver writes.
+ * Nothing here trusts the driver: descriptors are copied before use, ids are checked, and all
+ * chains that we have fetched and not yet shown as used take no more entries than the ring has. So
+ * no position gets more than a lap ahead of another, whatever the driver writes.
  */
 #include "packed.h"
 #include "vring.h"
 
-bool vd_packed_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config)
+bool vd_packed_move(struct vd_vring *ring, const struct vd_memory *memory,
+                    const struct vd_queue_config *config)
 {
     struct vring_packed_desc *desc;
     struct vring_packed_desc_event *driver, *device;
@@ -29,7 +33,8 @@ bool vd_packed_move(struct vd_vring *ring, const struct vd_memory *memory, const
     driver = vd_memory_translate_whole(memory, config->driver_iova, sizeof(*driver), false);
     device = vd_memory_translate_whole(memory, config->device_iova, sizeof(*device), true);
     /* Whoever made the regions may have shifted them against their addresses. */
-    if (!desc || !driver || !device || (uintptr_t)desc % 8 || (uintptr_t)driver % 4 || (uintptr_t)device % 4)
+    if (!desc || !driver || !device || (uintptr_t)desc % 8 || (uintptr_t)driver % 4 ||
+        (uintptr_t)device % 4)
         return false;
     ring->packed.desc = desc;
     ring->packed.driver = driver;
@@ -48,7 +53,10 @@ enum vd_queue_fault vd_packed_begin(struct vd_vring *ring, const struct vd_queue
         /* Chains are fetched in the ring's order: what was fetched has ended or is in the log. */
         avail = packed_moved(used, ring->packed.taken, ring->size);
     } else {
-        /* Whoever starts with nothing in flight is at one place. Nothing but a log tells where others are. */
+        /*
+         * Whoever starts with nothing in flight is at one place. Nothing but a log tells where
+         * others are.
+         */
         if ((config->resume && !log) || packed_index(avail) >= ring->size || avail != used)
             return VD_FAULT_AVAIL_INDEX;
         if (log)
@@ -67,10 +75,12 @@ int vd_packed_available(const struct vd_vring *ring)
 }
 
 /* Add the descriptors of an indirect table, which all count, in their order. */
-static enum vd_queue_fault add_table(const struct vd_vring *ring, struct vd_chain *chain, uint64_t iova,
-                                     uint32_t length)
+static enum vd_queue_fault add_table(const struct vd_vring *ring, struct vd_chain *chain,
+                                     uint64_t iova, uint32_t length)
 {
-    const struct vring_packed_desc *table = vd_chain_table(ring, iova, length);
+    const struct vring_packed_desc *table = ring->indirect
+                                                ? vd_chain_table(ring->memory, iova, length)
+                                                : NULL;
     uint32_t entries = length / sizeof(*table);
 
     if (!table || entries > ring->size)
@@ -81,8 +91,8 @@ static enum vd_queue_fault add_table(const struct vd_vring *ring, struct vd_chai
 
         if (flags & VRING_DESC_F_INDIRECT)
             return VD_FAULT_CHAIN;
-        fault = vd_chain_add(ring, chain, load_relaxed(&table[i].addr), load_relaxed(&table[i].len),
-                             flags & VRING_DESC_F_WRITE);
+        fault = vd_chain_add(chain, ring->size, ring->memory, load_relaxed(&table[i].addr),
+                             load_relaxed(&table[i].len), flags & VRING_DESC_F_WRITE);
         if (fault)
             return fault;
     }
@@ -90,11 +100,13 @@ static enum vd_queue_fault add_table(const struct vd_vring *ring, struct vd_chai
 }
 
 /* Add a descriptor of the ring, the first of its chain or not. */
-static enum vd_queue_fault add(const struct vd_vring *ring, struct vd_chain *chain, uint64_t iova, uint32_t length,
-                               uint16_t flags, bool first)
+static enum vd_queue_fault add_descriptor(const struct vd_vring *ring, struct vd_chain *chain,
+                                          uint64_t iova, uint32_t length, uint16_t flags,
+                                          bool first)
 {
     if (!(flags & VRING_DESC_F_INDIRECT))
-        return vd_chain_add(ring, chain, iova, length, flags & VRING_DESC_F_WRITE);
+        return vd_chain_add(chain, ring->size, ring->memory, iova, length,
+                            flags & VRING_DESC_F_WRITE);
     if (flags & VRING_DESC_F_NEXT || !first)
         return VD_FAULT_CHAIN;
     return add_table(ring, chain, iova, length);
@@ -107,13 +119,15 @@ enum vd_queue_fault vd_packed_next(struct vd_vring *ring, struct vd_chain *chain
     uint16_t position = ring->next_avail, seen = 0, flags, id;
     uint16_t entry = log ? log->free_head : 0, last = entry;
 
-    chain->readable = chain->writable = 0;
-    chain->readable_bytes = chain->writable_bytes = 0;
+    vd_chain_clear(chain);
     do {
         const struct vring_packed_desc *desc = &p->desc[packed_index(position)];
         enum vd_queue_fault fault;
 
-        /* Pairs with the write barrier in virtqueue_add_packed before it stores the first descriptor's flags. */
+        /*
+         * Pairs with the write barrier in virtqueue_add_packed before it stores the first
+         * descriptor's flags.
+         */
         flags = load_acquire(&desc->flags);
         if (!packed_is_available(flags, position))
             return seen ? VD_FAULT_CHAIN : VD_FAULT_NONE;
@@ -125,7 +139,7 @@ enum vd_queue_fault vd_packed_next(struct vd_vring *ring, struct vd_chain *chain
         uint32_t length = load_relaxed(&desc->len);
 
         id = load_relaxed(&desc->id);
-        fault = add(ring, chain, iova, length, flags, seen == 1);
+        fault = add_descriptor(ring, chain, iova, length, flags, seen == 1);
         if (fault)
             return fault;
         if (load_relaxed(&ring->abandoned)) { /* reading it may have taken as long as that */
@@ -157,12 +171,12 @@ enum vd_queue_fault vd_packed_replay(struct vd_vring *ring, struct vd_chain *cha
     const struct vd_log_packed_state *states = log->packed->states;
     uint16_t head = entry, last = log->last[head], seen = 0;
 
-    chain->readable = chain->writable = 0;
-    chain->readable_bytes = chain->writable_bytes = 0;
+    vd_chain_clear(chain);
     for (;; entry = log->next[entry]) {
         const struct vd_log_packed_state *state = &states[entry];
-        enum vd_queue_fault fault = add(ring, chain, load_relaxed(&state->addr), load_relaxed(&state->len),
-                                        load_relaxed(&state->flags), !seen);
+        enum vd_queue_fault fault = add_descriptor(ring, chain, load_relaxed(&state->addr),
+                                                   load_relaxed(&state->len),
+                                                   load_relaxed(&state->flags), !seen);
 
         if (fault)
             return fault;
@@ -181,7 +195,8 @@ void vd_packed_push(struct vd_vring *ring, uint16_t id, uint32_t written)
 {
     struct vd_packed *p = &ring->packed;
     struct vring_packed_desc *desc = &p->desc[packed_index(ring->next_used)];
-    uint16_t flags = (uint16_t)((written ? VRING_DESC_F_WRITE : 0) | packed_used_flags(ring->next_used));
+    uint16_t flags = (uint16_t)((written ? VRING_DESC_F_WRITE : 0) |
+                                packed_used_flags(ring->next_used));
     uint16_t slots = ring->slots[id];
 
     store_relaxed(&desc->id, id);
@@ -222,7 +237,10 @@ bool vd_packed_wants_interrupt(struct vd_vring *ring)
     uint16_t new = ring->published_used, count = p->undecided;
 
     p->undecided = 0;
-    /* Pairs with the barrier in virtqueue_enable_cb_prepare_packed after it stores its event structure. */
+    /*
+     * Pairs with the barrier in virtqueue_enable_cb_prepare_packed after it stores its event
+     * structure.
+     */
     full_barrier();
 
     uint16_t wanted = load_acquire(&p->driver->flags);
@@ -231,9 +249,12 @@ bool vd_packed_wants_interrupt(struct vd_vring *ring)
         return wanted != VRING_PACKED_EVENT_FLAG_DISABLE;
     uint16_t event = load_relaxed(&p->driver->off_wrap);
 
-    /* All three counted from the start of the lap that new is in; what lies before it is negative. */
-    return vring_need_event((uint16_t)(packed_index(event) - ((event ^ new) & VD_WRAP ? ring->size : 0)), packed_index(new),
-                            (uint16_t)(packed_index(new) - count));
+    /*
+     * All three counted from the start of the lap that new is in; what lies before it is negative.
+     */
+    return vring_need_event(
+        (uint16_t)(packed_index(event) - ((event ^ new) & VD_WRAP ? ring->size : 0)),
+        packed_index(new), (uint16_t)(packed_index(new) - count));
 }
 
 bool vd_packed_enable_kick(struct vd_vring *ring)
@@ -247,7 +268,10 @@ bool vd_packed_enable_kick(struct vd_vring *ring)
     } else {
         store_relaxed(&event->flags, VRING_PACKED_EVENT_FLAG_ENABLE);
     }
-    /* Pairs with the barrier in virtqueue_kick_prepare_packed between storing descriptors and loading our event. */
+    /*
+     * Pairs with the barrier in virtqueue_kick_prepare_packed between storing descriptors and
+     * loading our event.
+     */
     full_barrier();
     return vd_packed_available(ring) != 0;
 }

@@ -1,19 +1,23 @@
 /*
- * Split virtqueue, device side. All state is the queue thread's; the rings themselves are shared with the driver.
+ * Split virtqueue, device side. All state is the queue thread's; the rings themselves are shared
+ * with the driver.
  *
  * Three pairs of barriers, each with its partner in the driver (drivers/virtio/virtio_ring.c):
- *   - avail: we load-acquire avail->idx before reading entries; pairs with the driver's write barrier between
- *     entries and idx.
- *   - used: we store-release used->idx after writing entries; pairs with the driver's read barrier after idx.
- *   - notification: both sides store their index, full barrier, then load the other's event index. One of the two
- *     always sees the other's store, so a sleeping side is always woken.
+ *   - avail: we load-acquire avail->idx before reading entries; pairs with the driver's write
+ *     barrier between entries and idx.
+ *   - used: we store-release used->idx after writing entries; pairs with the driver's read barrier
+ *     after idx.
+ *   - notification: both sides store their index, full barrier, then load the other's event index.
+ *     One of the two always sees the other's store, so a sleeping side is always woken.
  *
- * Nothing here trusts the driver: indices are reduced to the ring size, descriptors are copied before use, a
- * chain has at most as many descriptors as the queue, and every address goes through vd_memory.
+ * Nothing here trusts the driver: indices are reduced to the ring size, descriptors are copied
+ * before use, a chain has at most as many descriptors as the queue, and every address goes through
+ * vd_memory.
  */
 #include "vring.h"
 
-bool vd_split_move(struct vd_vring *ring, const struct vd_memory *memory, const struct vd_queue_config *config)
+bool vd_split_move(struct vd_vring *ring, const struct vd_memory *memory,
+                   const struct vd_queue_config *config)
 {
     uint64_t n = ring->size;
     struct vring_desc *desc;
@@ -22,7 +26,8 @@ bool vd_split_move(struct vd_vring *ring, const struct vd_memory *memory, const 
 
     if (n & (n - 1) || config->desc_iova % 16 || config->driver_iova % 2 || config->device_iova % 4)
         return false;
-    desc = vd_memory_translate_whole(memory, config->desc_iova, n * sizeof(struct vring_desc), false);
+    desc = vd_memory_translate_whole(memory, config->desc_iova, n * sizeof(struct vring_desc),
+                                     false);
     avail = vd_memory_translate_whole(memory, config->driver_iova, 6 + 2 * n, false);
     used = vd_memory_translate_whole(memory, config->device_iova, 6 + 8 * n, true);
     if (!desc || !avail || !used)
@@ -69,10 +74,10 @@ static enum vd_queue_fault walk(const struct vd_vring *ring, uint16_t head, stru
 {
     const struct vring_desc *table = ring->split.desc;
     uint32_t entries = ring->size, index = head, seen = 0;
-    bool indirect = false; /* not to be told by table: the driver may say that the ring itself is one */
+    /* not to be told by table: the driver may say that the ring itself is one */
+    bool indirect = false;
 
-    chain->readable = chain->writable = 0;
-    chain->readable_bytes = chain->writable_bytes = 0;
+    vd_chain_clear(chain);
     for (;;) {
         if (index >= entries || seen++ == ring->size)
             return VD_FAULT_CHAIN;
@@ -86,7 +91,7 @@ static enum vd_queue_fault walk(const struct vd_vring *ring, uint16_t head, stru
             if (indirect || flags & VRING_DESC_F_NEXT)
                 return VD_FAULT_CHAIN;
             indirect = true;
-            table = vd_chain_table(ring, iova, length);
+            table = ring->indirect ? vd_chain_table(ring->memory, iova, length) : NULL;
             if (!table)
                 return VD_FAULT_CHAIN;
             entries = length / sizeof(*table);
@@ -94,7 +99,8 @@ static enum vd_queue_fault walk(const struct vd_vring *ring, uint16_t head, stru
             seen = 0;
             continue;
         }
-        enum vd_queue_fault fault = vd_chain_add(ring, chain, iova, length, flags & VRING_DESC_F_WRITE);
+        enum vd_queue_fault fault = vd_chain_add(chain, ring->size, ring->memory, iova, length,
+                                                 flags & VRING_DESC_F_WRITE);
 
         if (fault)
             return fault;
@@ -115,7 +121,7 @@ enum vd_queue_fault vd_split_next(struct vd_vring *ring, struct vd_chain *chain)
     if (fault)
         return fault;
     if (!chain->writable)
-        return VD_FAULT_CHAIN; /* nowhere to say how it went */
+        return VD_FAULT_CHAIN;            /* nowhere to say how it went */
     if (load_relaxed(&ring->abandoned)) { /* walking may have taken as long as that */
         chain->writable = 0;
         return VD_FAULT_NONE;
@@ -124,7 +130,8 @@ enum vd_queue_fault vd_split_next(struct vd_vring *ring, struct vd_chain *chain)
         vd_log_take_split(ring->log, head);
     chain->id = head;
     ring->slots[head] = 1;
-    store_relaxed(&ring->next_avail, (uint16_t)(ring->next_avail + 1)); /* the control thread may look */
+    /* the control thread may look */
+    store_relaxed(&ring->next_avail, (uint16_t)(ring->next_avail + 1));
     return VD_FAULT_NONE;
 }
 
@@ -162,10 +169,14 @@ bool vd_split_wants_interrupt(struct vd_vring *ring)
     uint16_t old = ring->split.decided_used, new = ring->published_used;
 
     ring->split.decided_used = new;
-    /* Pairs with the barrier in virtqueue_enable_cb between storing used_event and loading used->idx. */
+    /*
+     * Pairs with the barrier in virtqueue_enable_cb between storing used_event and loading
+     * used->idx.
+     */
     full_barrier();
-    return ring->event_idx ? vring_need_event(load_relaxed(ring->split.used_event), new, old)
-                           : !(load_relaxed(&ring->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+    return ring->event_idx
+               ? vring_need_event(load_relaxed(ring->split.used_event), new, old)
+               : !(load_relaxed(&ring->split.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
 }
 
 bool vd_split_enable_kick(struct vd_vring *ring)
@@ -174,14 +185,20 @@ bool vd_split_enable_kick(struct vd_vring *ring)
         store_relaxed(ring->split.avail_event, ring->next_avail);
     else
         store_relaxed(&ring->split.used->flags, 0);
-    /* Pairs with the barrier in virtqueue_kick_prepare between storing avail->idx and loading avail_event. */
+    /*
+     * Pairs with the barrier in virtqueue_kick_prepare between storing avail->idx and loading
+     * avail_event.
+     */
     full_barrier();
     return load_relaxed(&ring->split.avail->idx) != ring->next_avail;
 }
 
 void vd_split_disable_kick(struct vd_vring *ring)
 {
-    /* With event indices there is nothing to do: a past avail_event is not passed again for 65536 entries. */
+    /*
+     * With event indices there is nothing to do: a past avail_event is not passed again for 65536
+     * entries.
+     */
     if (!ring->event_idx)
         store_relaxed(&ring->split.used->flags, VRING_USED_F_NO_NOTIFY);
 }

@@ -1,11 +1,12 @@
 /*
- * The error backend: every request fails at once, those that a dead worker left too. For a device that is to be
- * removed while its own backend is away: what waits has to end, or the kernel never lets the disk go. It does without
- * io_uring, so that it also ends what waits because that was switched off.
+ * The error backend: every request fails at once, those that a dead worker left too. For a device
+ * that is to be removed while its own backend is away: what waits has to end, or the kernel never
+ * lets the disk go. It does without io_uring, so that it also ends what waits because that was
+ * switched off.
  */
 #include <errno.h>
 
-#include "../engine.h"
+#include "../backend.h"
 
 static int error_open(const struct vd_config *config, void **state)
 {

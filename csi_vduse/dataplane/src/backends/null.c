@@ -1,5 +1,8 @@
-/* The null backend: reads leave the buffer as it is after the first one (zeros), writes vanish. For measurement. */
-#include "../engine.h"
+/*
+ * The null backend: reads leave the buffer as it is after the first one (zeros), writes vanish. For
+ * measurement.
+ */
+#include "../backend.h"
 
 static int null_open(const struct vd_config *config, void **state)
 {

@@ -1,23 +1,26 @@
 /*
- * The file backend: an image file or block device, through io_uring, straight from and to the driver's buffers.
+ * The file backend: an image file or block device, through io_uring, straight from and to the
+ * driver's buffers.
  *
- * The image is opened once and then again for each purpose, so that it is one file whatever happens to its path: with O_DIRECT
- * where that is safe, without, and for each queue to make things stable through (sync.c). An OFD lock, exclusive for writers,
- * keeps a second worker away; a block device is opened exclusively too, which keeps away mounts and all others that claim it.
- * Both fall when the last reference to the open file falls, which a request in flight is: so a successor that holds the lock
- * knows that nothing of its predecessor is still on its way to the disk.
+ * The image is opened once and then again for each purpose, so that it is one file whatever happens
+ * to its path: with O_DIRECT where that is safe, without, and for each queue to make things stable
+ * through (sync.c). An OFD lock, exclusive for writers, keeps a second worker away; a block device
+ * is opened exclusively too, which keeps away mounts and all others that claim it. Both fall when
+ * the last reference to the open file falls, which a request in flight is: so a successor that
+ * holds the lock knows that nothing of its predecessor is still on its way to the disk.
  *
- * Direct I/O is not used where the image's blocks are larger than the volume's, because a part of a block can only be
- * written through the page cache, and the two must not meet in one block (transfer.c); nor where the file system keeps
- * checksums of what it writes (btrfs): a driver may change a page while it is on its way, and could not read it any more.
+ * Direct I/O is not used where the image's blocks are larger than the volume's, because a part of a
+ * block can only be written through the page cache, and the two must not meet in one block
+ * (transfer.c); nor where the file system keeps checksums of what it writes (btrfs): a driver may
+ * change a page while it is on its way, and could not read it any more.
  *
- * Errors of a file system that is full or away are waited for (waiting.c), but for those of a sync (sync.c).
+ * Errors of a file system that is full or away are waited for (waiting.c), but for those of a sync
+ * (sync.c).
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
-#include <linux/virtio_blk.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -30,10 +33,15 @@
 
 enum { FILE_DEFAULT_ALIGN = 512 };
 
-/* Both open files can have requests in flight, so each holds a lock; on bytes of their own, or they would clash. */
+/*
+ * Both open files can have requests in flight, so each holds a lock; on bytes of their own, or they
+ * would clash.
+ */
 static int lock(int fd, off_t byte, bool read_only)
 {
-    struct flock range = { .l_type = read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+    struct flock range = {
+        .l_type = read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1
+    };
 
     return fd < 0 || !fcntl(fd, F_OFD_SETLK, &range) ? 0 : -errno;
 }
@@ -63,8 +71,11 @@ static bool has_checksums(int fd)
            (ioctl(fd, FS_IOC_GETFLAGS, &flags) || !(flags & FS_NOCOW_FL));
 }
 
-/* Learn what direct requests have to look like: from statx where the file system tells, else by trying. */
-static bool learn_alignment(struct file *f)
+/*
+ * Learn what direct requests have to look like: from statx where the file system tells, else by
+ * trying.
+ */
+static bool learn_alignment(struct vd_file *f)
 {
     struct statx stat = { 0 };
     void *buffer = NULL;
@@ -72,8 +83,8 @@ static bool learn_alignment(struct file *f)
 
     f->memory_align = f->offset_align = FILE_DEFAULT_ALIGN;
 #ifdef STATX_DIOALIGN
-    if (!statx(f->direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stat) && stat.stx_mask & STATX_DIOALIGN &&
-        stat.stx_dio_offset_align) {
+    if (!statx(f->direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stat) &&
+        stat.stx_mask & STATX_DIOALIGN && stat.stx_dio_offset_align) {
         f->memory_align = stat.stx_dio_mem_align;
         f->offset_align = stat.stx_dio_offset_align;
         return true;
@@ -91,7 +102,7 @@ static bool learn_alignment(struct file *f)
 }
 
 /* Have direct I/O if it is there and safe. */
-static void open_direct(struct file *f, const struct vd_config *config, int flags)
+static void open_direct(struct vd_file *f, const struct vd_config *config, int flags)
 {
     if (f->in_memory || (!config->read_only && has_checksums(f->buffered_fd)))
         return;
@@ -105,7 +116,7 @@ static void open_direct(struct file *f, const struct vd_config *config, int flag
 }
 
 /* What each queue has of its own; 0 or -errno. */
-static int open_places(struct file *f, int flags)
+static int open_places(struct vd_file *f, int flags)
 {
     for (uint32_t i = 0; i < f->place_count; i++) {
         struct vd_file_place *place = &f->places[i];
@@ -123,7 +134,7 @@ static int open_places(struct file *f, int flags)
 
 static void file_close(void *state)
 {
-    struct file *f = state;
+    struct vd_file *f = state;
 
     for (uint32_t i = 0; i < f->place_count; i++) {
         if (f->places[i].sync_fd >= 0)
@@ -139,7 +150,7 @@ static void file_close(void *state)
     free(f);
 }
 
-static uint64_t file_size(const struct file *f)
+static uint64_t file_size(const struct vd_file *f)
 {
     struct stat stat;
     uint64_t size = 0;
@@ -150,7 +161,7 @@ static uint64_t file_size(const struct file *f)
 }
 
 /* Open all of it; 0 or -errno. */
-static int open_image(struct file *f, const struct vd_config *config)
+static int open_image(struct vd_file *f, const struct vd_config *config)
 {
     int flags = (config->read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC, error;
     struct stat stat;
@@ -176,7 +187,7 @@ static int open_image(struct file *f, const struct vd_config *config)
 
 static int file_open(const struct vd_config *config, void **state)
 {
-    struct file *f = calloc(1, sizeof(*f) + config->max_queues * sizeof(f->places[0]));
+    struct vd_file *f = calloc(1, sizeof(*f) + config->max_queues * sizeof(f->places[0]));
     int error;
 
     if (!f)
@@ -203,27 +214,16 @@ static int file_open(const struct vd_config *config, void **state)
 
 static void file_info(void *state, struct vd_backend_info *info)
 {
-    const struct file *f = state;
+    const struct vd_file *f = state;
 
     info->direct = f->direct_fd >= 0;
     info->discard = 1;
     info->capacity_bytes = file_size(f);
 }
 
-bool vd_file_can_flush(const struct vd_queue *q)
-{
-    return q->config.features >> VIRTIO_BLK_F_FLUSH & 1;
-}
-
-void vd_file_failed(struct vd_queue *q, struct vd_request *r, int error)
-{
-    if (!vd_request_wait(q, r, error))
-        vd_request_finish(q, r, error);
-}
-
 static int file_queue_open(struct vd_queue *q)
 {
-    struct file *f = q->engine->backend;
+    struct vd_file *f = vd_queue_volume(q);
     struct vd_file_queue *fq = calloc(1, sizeof(*fq));
 
     if (!fq)
@@ -231,14 +231,14 @@ static int file_queue_open(struct vd_queue *q)
     fq->file = f;
     fq->place = &f->places[vd_queue_index(q)];
     fq->unbounced_end = &fq->unbounced;
-    q->backend = fq;
+    vd_queue_set_backend(q, fq);
     return 0;
 }
 
 static void file_queue_close(struct vd_queue *q)
 {
-    free(q->backend);
-    q->backend = NULL;
+    free(vd_queue_backend(q));
+    vd_queue_set_backend(q, NULL);
 }
 
 static void file_submit(struct vd_queue *q, struct vd_request *r)
@@ -264,29 +264,31 @@ static void file_complete(struct vd_queue *q, struct vd_request *r, int result)
         vd_file_zeroed(q, r, result);
 }
 
-static void file_event(struct vd_queue *q, void *data, int result)
+static void file_event(struct vd_queue *q, unsigned event, int result)
 {
     struct vd_file_queue *fq = vd_file_queue_of(q);
     struct vd_request *r = fq->bouncing;
 
-    if (data == vd_file_sync_tag(fq)) {
+    if (event == VD_FILE_SYNCED) {
         vd_file_synced(q, result);
         return;
     }
     fq->bouncing = NULL;
-    if (load_relaxed(&q->abandoned))
+    if (vd_queue_is_abandoned(q))
         vd_request_finish(q, r, ECANCELED); /* not another step of it */
     else
         vd_file_transferred(q, r, result);
 }
 
-/* Those that wait for another one's end begin, or end themselves if nobody waits for them any more. */
+/*
+ * Those that wait for another one's end begin, or end themselves if nobody waits for them any more.
+ */
 static void file_turn(struct vd_queue *q)
 {
     struct vd_file_queue *fq = vd_file_queue_of(q);
     struct vd_request *r;
 
-    if (load_relaxed(&q->abandoned)) {
+    if (vd_queue_is_abandoned(q)) {
         while ((r = vd_file_take_unsynced(fq)) || (r = vd_file_take_unbounced(fq)))
             vd_request_finish(q, r, ECANCELED);
         return;

@@ -1,11 +1,12 @@
 /*
  * Reads and writes of the file backend, on the queue's thread.
  *
- * Kept true: where there is direct I/O every write is direct. A write through the page cache takes the rest of its block
- * from the disk first and writes it back later, over whatever a direct write put there meanwhile. So what a direct write
- * cannot take as it is, because its buffers lie oddly, is copied to a buffer of the queue's that lies well, piece by
- * piece; and what is no whole block of the file is no whole block of the volume either (file.c) and is refused.
- * Reads have no such need: the kernel keeps the page cache coherent with direct writes.
+ * Kept true: where there is direct I/O every write is direct. A write through the page cache takes
+ * the rest of its block from the disk first and writes it back later, over whatever a direct write
+ * put there meanwhile. So what a direct write cannot take as it is, because its buffers lie oddly,
+ * is copied to a buffer of the queue's that lies well, piece by piece; and what is no whole block
+ * of the file is no whole block of the volume either (file.c) and is refused. Reads have no such
+ * need: the kernel keeps the page cache coherent with direct writes.
  */
 #include <errno.h>
 #include <linux/virtio_blk.h>
@@ -15,7 +16,7 @@
 #include "file.h"
 
 /* Whether a direct request can go from or to the driver's buffers. */
-static bool lies_well(const struct file *f, const struct vd_request *r)
+static bool lies_well(const struct vd_file *f, const struct vd_request *r)
 {
     uintptr_t bits = 0;
 
@@ -25,23 +26,26 @@ static bool lies_well(const struct file *f, const struct vd_request *r)
 }
 
 /*
- * tmpfs and its like do not take io_uring's "do not wait": each request would go through a thread of the kernel's, for
- * a copy that this thread makes in less time than it takes to wake another.
+ * tmpfs and its like do not take io_uring's "do not wait": each request would go through a thread
+ * of the kernel's, for a copy that this thread makes in less time than it takes to wake another.
  */
-static void copy(struct vd_queue *q, struct vd_request *r)
+static void copy_in_memory(struct vd_queue *q, struct vd_request *r)
 {
-    const struct file *f = vd_file_queue_of(q)->file;
+    const struct vd_file *f = vd_file_queue_of(q)->file;
     off_t offset = (off_t)(r->offset + r->done);
-    ssize_t n = r->operation == VD_READ ? preadv(f->buffered_fd, r->data, (int)r->data_count, offset)
-                                        : pwritev(f->buffered_fd, r->data, (int)r->data_count, offset);
+    ssize_t n = r->operation == VD_READ
+                    ? preadv(f->buffered_fd, r->data, (int)r->data_count, offset)
+                    : pwritev(f->buffered_fd, r->data, (int)r->data_count, offset);
 
     int result = n < 0 ? -errno : (int)n;
 
-    q->now_ns = now_ns(); /* the copy is all of the request's latency */
+    vd_queue_take_time(q); /* the copy is all of the request's latency */
     vd_file_transferred(q, r, result);
 }
 
-/* Fill the queue's buffer with the next piece of a write, and write that; or wait until it is free. */
+/*
+ * Fill the queue's buffer with the next piece of a write, and write that; or wait until it is free.
+ */
 static void bounce(struct vd_queue *q, struct vd_request *r)
 {
     struct vd_file_queue *fq = vd_file_queue_of(q);
@@ -54,7 +58,8 @@ static void bounce(struct vd_queue *q, struct vd_request *r)
         return;
     }
     for (uint32_t i = 0; i < r->data_count && filled < VD_BOUNCE_BYTES; i++) {
-        uint64_t room = VD_BOUNCE_BYTES - filled, n = r->data[i].iov_len < room ? r->data[i].iov_len : room;
+        uint64_t room = VD_BOUNCE_BYTES - filled,
+                 n = r->data[i].iov_len < room ? r->data[i].iov_len : room;
 
         memcpy(fq->place->bounce + filled, r->data[i].iov_base, n);
         filled += n;
@@ -64,13 +69,13 @@ static void bounce(struct vd_queue *q, struct vd_request *r)
         vd_request_finish(q, r, EFAULT);
         return;
     }
-    struct io_uring_sqe *sqe = vd_queue_sqe(q, vd_file_bounce_tag(fq));
+    struct io_uring_sqe *sqe = vd_queue_sqe(q);
 
     fq->bouncing = r;
     r->method = VD_METHOD_BOUNCED;
-    io_uring_prep_write(sqe, fq->file->direct_fd, fq->place->bounce, (unsigned)(left < filled ? left : filled),
-                        r->offset + r->done);
-    io_uring_sqe_set_data(sqe, vd_file_bounce_tag(fq));
+    io_uring_prep_write(sqe, fq->file->direct_fd, fq->place->bounce,
+                        (unsigned)(left < filled ? left : filled), r->offset + r->done);
+    vd_sqe_of_event(sqe, VD_FILE_BOUNCED);
 }
 
 static void finish(struct vd_queue *q, struct vd_request *r)
@@ -83,7 +88,7 @@ static void finish(struct vd_queue *q, struct vd_request *r)
 
 void vd_file_transfer(struct vd_queue *q, struct vd_request *r)
 {
-    struct file *f = vd_file_queue_of(q)->file;
+    struct vd_file *f = vd_file_queue_of(q)->file;
     uint64_t offset = r->offset + r->done;
     bool aligned = f->direct_fd >= 0 && vd_file_is_aligned(f, offset, r->length - r->done);
     bool direct = aligned && lies_well(f, r);
@@ -93,7 +98,7 @@ void vd_file_transfer(struct vd_queue *q, struct vd_request *r)
         return;
     }
     if (f->in_memory) {
-        copy(q, r);
+        copy_in_memory(q, r);
         return;
     }
     if (r->operation == VD_WRITE && f->direct_fd >= 0 && !direct) {
@@ -103,7 +108,7 @@ void vd_file_transfer(struct vd_queue *q, struct vd_request *r)
             vd_request_finish(q, r, EINVAL);
         return;
     }
-    struct io_uring_sqe *sqe = vd_queue_sqe(q, r);
+    struct io_uring_sqe *sqe = vd_queue_sqe(q);
     int fd = direct ? f->direct_fd : f->buffered_fd;
 
     r->method = direct ? VD_METHOD_DIRECT : VD_METHOD_CACHED;
@@ -114,11 +119,11 @@ void vd_file_transfer(struct vd_queue *q, struct vd_request *r)
             vd_file_cache_changed(f);
         io_uring_prep_writev(sqe, fd, r->data, r->data_count, offset);
     }
-    io_uring_sqe_set_data(sqe, r);
+    vd_sqe_of_request(sqe, r);
 }
 
 /* Some bytes were moved; go on with the rest. */
-static void advance(struct vd_queue *q, struct vd_request *r, uint32_t bytes)
+static void go_on(struct vd_queue *q, struct vd_request *r, uint32_t bytes)
 {
     r->done += bytes;
     while (r->data_count && bytes >= r->data->iov_len) {
@@ -144,5 +149,5 @@ void vd_file_transferred(struct vd_queue *q, struct vd_request *r, int result)
     else if (!result)
         vd_request_finish(q, r, EIO); /* the end of the file: an image cut short */
     else
-        advance(q, r, (uint32_t)result);
+        go_on(q, r, (uint32_t)result);
 }

@@ -1,11 +1,12 @@
 /*
- * A worker in jail can connect to nothing and open no file (jail.py). Who can is a process beside it, the broker, which was
- * forked before and does this one thing: looks up the server's name, connects, and hands over the socket with the open
- * files of the keys. It connects to that server and to no other, whatever it is asked.
+ * A worker in jail can connect to nothing and open no file (jail.py). Who can is a process beside
+ * it, the broker, which was forked before and does this one thing: looks up the server's name,
+ * connects, and hands over the socket with the open files of the keys. It connects to that server
+ * and to no other, whatever it is asked.
  *
- * One request is under way at a time; each has a number, so that an answer that nobody waits for any more is told from the
- * next one's. A request that comes while one is under way ends it: who asked has given up. So does the end of the socket,
- * and then the broker returns.
+ * One request is under way at a time; each has a number, so that an answer that nobody waits for
+ * any more is told from the next one's. A request that comes while one is under way ends it: who
+ * asked has given up. So does the end of the socket, and then the broker returns.
  */
 #include <errno.h>
 #include <poll.h>
@@ -13,7 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "nbd.h"
+#include "connection.h"
 
 enum { GRACE_NS = 1000000000 };
 
@@ -45,7 +46,8 @@ static int give(int fd, struct answer *answer, const int *fds, size_t count)
     if (count) {
         message.msg_control = room.bytes;
         message.msg_controllen = CMSG_SPACE(count * sizeof(int));
-        *CMSG_FIRSTHDR(&message) = (struct cmsghdr){ CMSG_LEN(count * sizeof(int)), SOL_SOCKET, SCM_RIGHTS };
+        *CMSG_FIRSTHDR(&message) = (struct cmsghdr){ CMSG_LEN(count * sizeof(int)), SOL_SOCKET,
+                                                     SCM_RIGHTS };
         memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), fds, count * sizeof(int));
     }
     return sendmsg(fd, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
@@ -53,7 +55,9 @@ static int give(int fd, struct answer *answer, const int *fds, size_t count)
 
 static int serve(const struct nbd_target *target, int fd, const struct question *question)
 {
-    struct nbd_stream s = { .fd = -1, .cancel_fd = fd, .deadline_ns = now_ns() + question->timeout_ns,
+    struct nbd_stream s = { .fd = -1,
+                            .cancel_fd = fd,
+                            .deadline_ns = now_ns() + question->timeout_ns,
                             .keys = { -1, -1, -1 } };
     struct answer answer = { .number = question->number };
     int fds[1 + NBD_KEYS], error;
@@ -78,7 +82,7 @@ static int serve(const struct nbd_target *target, int fd, const struct question 
 int vd_nbd_broker(const struct vd_nbd_config *config, int fd)
 {
     struct nbd_target target;
-    int error = nbd_copy_target(&target, config);
+    int error = nbd_target_copy(&target, config);
 
     while (!error) {
         struct question question;
@@ -107,12 +111,17 @@ static size_t take_descriptors(struct msghdr *message, int fds[1 + NBD_KEYS])
     return count;
 }
 
-/* Read an answer and put what is in it where it belongs: 1 if it is the number-th, 0 if it is an older one, or -errno. */
+/*
+ * Read an answer and put what is in it where it belongs: 1 if it is the number-th, 0 if it is an
+ * older one, or -errno.
+ */
 static int take(struct nbd_stream *s, int fd, uint64_t number, struct answer *answer)
 {
     union room room;
     struct iovec iov = { answer, sizeof(*answer) };
-    struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = room.bytes,
+    struct msghdr message = { .msg_iov = &iov,
+                              .msg_iovlen = 1,
+                              .msg_control = room.bytes,
                               .msg_controllen = sizeof(room.bytes) };
     int fds[1 + NBD_KEYS];
     ssize_t n = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
@@ -134,7 +143,8 @@ static int take(struct nbd_stream *s, int fd, uint64_t number, struct answer *an
     return 1;
 }
 
-int nbd_broker_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
+int nbd_broker_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns,
+                    char reason[NBD_REASON_BYTES])
 {
     static uint64_t numbers;
     struct question question = { __atomic_add_fetch(&numbers, 1, __ATOMIC_RELAXED), timeout_ns };
@@ -143,7 +153,8 @@ int nbd_broker_dial(struct nbd_stream *s, const struct nbd_target *target, uint6
     int taken = send(target->broker_fd, &question, sizeof(question), MSG_NOSIGNAL) < 0 ? -errno : 0;
 
     while (!taken) {
-        struct pollfd polled[] = { { .fd = target->broker_fd, .events = POLLIN }, { .fd = s->cancel_fd, .events = POLLIN } };
+        struct pollfd polled[] = { { .fd = target->broker_fd, .events = POLLIN },
+                                   { .fd = s->cancel_fd, .events = POLLIN } };
         uint64_t now = now_ns();
 
         if (now >= until_ns)

@@ -1,15 +1,17 @@
 /*
- * Connections to the server: one thread of the backend makes them, as often and for as long as it takes, and hands them to
- * the queues that wait for one. Everything that may take long is here: looking up names, connecting, TLS, a
- * server that does not answer. Queue threads never wait for it but in their usual sleep.
+ * Connections to the server: one thread of the backend makes them, as often and for as long as it
+ * takes, and hands them to the queues that wait for one. Everything that may take long is here:
+ * looking up names, connecting, TLS, a server that does not answer. Queue threads never wait for it
+ * but in their usual sleep.
  *
- * The same thread looks at the server when the volume is to grow: with a connection that is closed at once.
+ * The same thread looks at the server when the volume is to grow: with a connection that is closed
+ * at once.
  *
- * A server that is not there, or is not the one that it was (too small, read-only, one connection where several are
- * needed), is asked again and again, ever more slowly; meanwhile requests wait and the status says why.
+ * A server that is not there, or is not the one that it was (too small, read-only, one connection
+ * where several are needed), is asked again and again, ever more slowly; meanwhile requests wait
+ * and the status says why.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,99 +19,34 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "nbd.h"
+#include "exchange.h"
 
 enum {
     /*
-     * After a loss, ours or a dead predecessor's: what the lost connection still carried shall be done or dropped by the
-     * server before anything is sent again, or anything at all where it was abandoned.
+     * After a loss, ours or a dead predecessor's: what the lost connection still carried shall be
+     * done or dropped by the server before anything is sent again, or anything at all where it was
+     * abandoned.
      */
     SETTLE_MS = 100,
     RETRY_MAX_MS = 5000,
     ATTEMPT_MS = 10000,
 };
 
-/* Smaller ones than a sector are all the same to us. */
-static uint32_t block_of(uint32_t min_block)
+int nbd_connect_now(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link,
+                    char reason[NBD_REASON_BYTES])
 {
-    return min_block > VD_SECTOR_BYTES ? min_block : VD_SECTOR_BYTES;
-}
+    struct nbd_attempt attempt = { .target = &n->target,
+                                   .cancel_fd = n->cancel_fd,
+                                   .any_tls = &n->any_tls };
 
-/* Whether an export can serve what the driver was told; 0 or -errno. */
-static int check_fit(struct nbd *n, const struct nbd_export *e, char *reason)
-{
     pthread_mutex_lock(&n->lock);
-    uint64_t needed = n->needed_bytes;
-    uint32_t block = n->export.min_block;
-
+    attempt.needs = (struct nbd_needs){ n->needed_bytes, n->export.min_block, n->config.max_queues,
+                                        !n->config.read_only };
     pthread_mutex_unlock(&n->lock);
-    if (e->size_bytes < needed) {
-        snprintf(reason, NBD_REASON_BYTES, "the export has %llu bytes, the volume needs %llu",
-                 (unsigned long long)e->size_bytes, (unsigned long long)needed);
-        return -ENOSPC;
-    }
-    if (e->flags & NBD_FLAG_READ_ONLY && !n->config.read_only) {
-        snprintf(reason, NBD_REASON_BYTES, "the export is read-only");
-        return -EROFS;
-    }
-    if (!(e->flags & NBD_FLAG_MULTI_CONN) && n->config.max_queues > 1) {
-        snprintf(reason, NBD_REASON_BYTES, "the server does not allow several connections (MULTI_CONN), one for each queue");
-        return -EMLINK;
-    }
-    if (block && block_of(e->min_block) != block_of(block)) { /* what partial.c has begun counts in those */
-        snprintf(reason, NBD_REASON_BYTES, "the server's blocks have %u bytes now, and had %u", e->min_block, block);
-        return -EPROTO;
-    }
-    return 0;
+    return nbd_connect(&attempt, timeout_ms, link, reason);
 }
 
-static int connect_once(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
-{
-    uint64_t timeout_ns = timeout_ms * 1000000;
-    struct nbd_stream s = { .fd = -1, .cancel_fd = n->cancel_fd, .deadline_ns = now_ns() + timeout_ns,
-                            .any_tls = n->any_tls, .keys = { -1, -1, -1 } };
-    int error;
-
-    reason[0] = 0;
-    error = nbd_dial(&s, &n->target, timeout_ns, reason);
-    if (error)
-        return error == -ECANCELED ? error : -ECONNREFUSED; /* what else the numbers say is said of an export */
-    error = nbd_negotiate(&s, &n->target, &link->export, reason);
-    nbd_close_keys(&s);
-    if (!error)
-        error = check_fit(n, &link->export, reason);
-    link->fd = s.fd;
-    link->ssl = s.ssl;
-    link->tls = s.ssl;
-    link->phase = s.phase;
-    link->records = 0;
-    link->kernel_tls = s.ssl && nbd_tls_uses_kernel(s.ssl);
-    if (error) {
-        nbd_leave(link, 0);
-        return error;
-    }
-    /* io_uring waits for a socket that blocks, and says "again" for one that does not. */
-    if (!link->ssl || nbd_tls_is_kernel(link->ssl)) {
-        SSL_free(link->ssl);
-        link->ssl = NULL;
-        (void)fcntl(link->fd, F_SETFL, fcntl(link->fd, F_GETFL) & ~O_NONBLOCK);
-    }
-    return 0;
-}
-
-int nbd_connect(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char reason[NBD_REASON_BYTES])
-{
-    int error = connect_once(n, timeout_ms, link, reason);
-
-    if (error != -EPROTONOSUPPORT)
-        return error;
-    n->any_tls = true;
-    error = connect_once(n, timeout_ms, link, reason);
-    n->any_tls = !error; /* or it was for another reason */
-    return error;
-}
-
-static void say(struct nbd *n, enum vd_backend_state state, const char *reason)
+static void set_status(struct nbd *n, enum vd_backend_state state, const char *reason)
 {
     bool news = n->status.state != state || strcmp(n->status.reason, reason);
     uint64_t one = 1;
@@ -123,8 +60,8 @@ static void say(struct nbd *n, enum vd_backend_state state, const char *reason)
 /* It is there but not as it should be, and that will hardly change by itself. */
 static bool is_refusal(int error)
 {
-    return error == -ENOENT || error == -EACCES || error == -EPROTO || error == -ENOSPC || error == -EROFS ||
-           error == -EMLINK || error == -EINVAL;
+    return error == -ENOENT || error == -EACCES || error == -EPROTO || error == -ENOSPC ||
+           error == -EROFS || error == -EMLINK || error == -EINVAL;
 }
 
 /* For the number-th time of the same: each one takes twice as long. */
@@ -140,11 +77,14 @@ static uint64_t settled(void)
     return settled_after(0);
 }
 
-/* End the connections of abandoned queues, whose threads may not have come to it yet; with the lock held. */
+/*
+ * End the connections of abandoned queues, whose threads may not have come to it yet; with the lock
+ * held.
+ */
 static void end_abandoned(struct nbd *n)
 {
     for (struct nbd_queue *each = n->queues; each; each = each->next_queue) {
-        if (!load_relaxed(&each->queue->abandoned) || each->ended || each->link.fd < 0)
+        if (!vd_queue_is_abandoned(each->queue) || each->ended || each->link.fd < 0)
             continue;
         nbd_cut(&each->link);
         each->ended = true;
@@ -158,10 +98,12 @@ static struct nbd_queue *next_in_line(struct nbd *n, uint64_t *when_ns)
     struct nbd_queue *next = NULL;
 
     end_abandoned(n);
+    /* Of equals the last: it has waited longest. */
     for (struct nbd_queue *each = n->wanting; each; each = each->next_wanting)
-        if (!next || each->settle_until_ns <= next->settle_until_ns) /* of equals the last: it has waited longest */
+        if (!next || each->settle_until_ns <= next->settle_until_ns)
             next = each;
-    *when_ns = next && next->settle_until_ns > n->settle_until_ns ? next->settle_until_ns : n->settle_until_ns;
+    *when_ns = next && next->settle_until_ns > n->settle_until_ns ? next->settle_until_ns
+                                                                  : n->settle_until_ns;
     return next;
 }
 
@@ -174,7 +116,10 @@ static void remove_wanting(struct nbd *n, const struct nbd_queue *nq)
         }
 }
 
-/* Give the connection to a queue that waits and may have it now: true. Or to nobody. With the lock held. */
+/*
+ * Give the connection to a queue that waits and may have it now: true. Or to nobody. With the lock
+ * held.
+ */
 static bool hand_over(struct nbd *n, struct nbd_link *link)
 {
     uint64_t when_ns;
@@ -184,7 +129,7 @@ static bool hand_over(struct nbd *n, struct nbd_link *link)
         nbd_leave(link, 0);
         return false;
     }
-    say(n, VD_BACKEND_CONNECTED, "");
+    set_status(n, VD_BACKEND_CONNECTED, "");
     remove_wanting(n, nq);
     nq->fresh = *link;
     store_release(&nq->ready, true);
@@ -263,10 +208,11 @@ void *nbd_connector_run(void *argument)
             pthread_cond_timedwait(&n->changed, &n->lock, &until);
             continue;
         }
-        bool look = n->looking; /* one that is asked for from here on wants to hear what is said later */
+        /* one that is asked for from here on wants to hear what is said later */
+        bool look = n->looking;
 
         pthread_mutex_unlock(&n->lock);
-        int error = nbd_connect(n, ATTEMPT_MS, &link, reason);
+        int error = nbd_connect_now(n, ATTEMPT_MS, &link, reason);
 
         pthread_mutex_lock(&n->lock);
         if (n->closing) {
@@ -288,8 +234,9 @@ void *nbd_connector_run(void *argument)
         if (!n->wanting)
             continue;
         n->status.failures++;
-        say(n, is_refusal(error) ? VD_BACKEND_REFUSED : VD_BACKEND_CONNECTING, reason);
-        pause_ms = pause_ms ? (2 * pause_ms < RETRY_MAX_MS ? 2 * pause_ms : RETRY_MAX_MS) : SETTLE_MS;
+        set_status(n, is_refusal(error) ? VD_BACKEND_REFUSED : VD_BACKEND_CONNECTING, reason);
+        pause_ms = pause_ms ? (2 * pause_ms < RETRY_MAX_MS ? 2 * pause_ms : RETRY_MAX_MS)
+                            : SETTLE_MS;
         wait_until(n, now_ns() + pause_ms * 1000000);
     }
     n->finished = true;
@@ -306,10 +253,10 @@ void nbd_want(struct nbd_queue *nq)
     nq->next_wanting = n->wanting;
     n->wanting = nq;
     nq->asked = true;
-    if (nq->why || nq->queue->ring.replay_left)
+    if (nq->why || vd_queue_replays(nq->queue))
         nq->settle_until_ns = settled_after(nq->suspect ? nq->suspected - 1 : 0);
     if (nq->why)
-        say(n, VD_BACKEND_CONNECTING, nq->why);
+        set_status(n, VD_BACKEND_CONNECTING, nq->why);
     pthread_cond_broadcast(&n->changed);
     pthread_mutex_unlock(&n->lock);
 }
@@ -321,7 +268,8 @@ bool nbd_take(struct nbd_queue *nq)
     if (!load_acquire(&nq->ready))
         return false;
     pthread_mutex_lock(&nq->nbd->lock);
-    abandoned = load_relaxed(&nq->queue->abandoned); /* after which nothing may be sent: end_abandoned comes once */
+    /* after which nothing may be sent: end_abandoned comes once */
+    abandoned = vd_queue_is_abandoned(nq->queue);
     if (!abandoned) {
         nq->link = nq->fresh;
         nq->ready = nq->asked = false;
@@ -333,7 +281,7 @@ bool nbd_take(struct nbd_queue *nq)
 void nbd_let_go(struct nbd_queue *nq)
 {
     pthread_mutex_lock(&nq->nbd->lock);
-    if (load_relaxed(&nq->queue->abandoned) && nq->link.fd >= 0)
+    if (vd_queue_is_abandoned(nq->queue) && nq->link.fd >= 0)
         nq->nbd->settle_until_ns = settled();
     nbd_link_close(&nq->link);
     pthread_mutex_unlock(&nq->nbd->lock);

@@ -1,6 +1,7 @@
 /*
- * A socket that is connected to the server, over TCP or a unix socket, and the files of the keys that it is used with: all
- * that a worker in jail cannot have by itself. Of a host with several addresses each gets its share of the time.
+ * A socket that is connected to the server, over TCP or a unix socket, and the files of the keys
+ * that it is used with: all that a worker in jail cannot have by itself. Of a host with several
+ * addresses each gets its share of the time.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,9 +14,14 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "nbd.h"
+#include "connection.h"
 
-enum { KEEPALIVE_IDLE_S = 10, KEEPALIVE_INTERVAL_S = 5, KEEPALIVE_PROBES = 3, USER_TIMEOUT_MS = 30000 };
+enum {
+    KEEPALIVE_IDLE_S = 10,
+    KEEPALIVE_INTERVAL_S = 5,
+    KEEPALIVE_PROBES = 3,
+    USER_TIMEOUT_MS = 30000
+};
 
 /* The kernel gives a peer up that is gone without a word: idle or with data of ours under way. */
 static void set_options(int fd)
@@ -34,7 +40,8 @@ static void set_options(int fd)
         (void)setsockopt(fd, options[i][0], options[i][1], &options[i][2], sizeof(int));
 }
 
-static int connect_to(struct nbd_stream *s, const struct sockaddr *address, socklen_t length, int family)
+static int connect_to(struct nbd_stream *s, const struct sockaddr *address, socklen_t length,
+                      int family)
 {
     int error;
 
@@ -61,7 +68,8 @@ static int connect_unix(struct nbd_stream *s, const char *path)
     return connect_to(s, (const struct sockaddr *)&address, sizeof(address), AF_UNIX);
 }
 
-static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char *reason)
+static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns,
+                       char *reason)
 {
     struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found = NULL;
     int error = getaddrinfo(target->host, target->service, &hints, &found);
@@ -74,10 +82,12 @@ static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, ui
     error = -EHOSTUNREACH;
     for (struct addrinfo *each = found; each; each = each->ai_next)
         left++;
-    for (struct addrinfo *each = found; each && error && error != -ECANCELED; each = each->ai_next) {
+    for (struct addrinfo *each = found; each && error && error != -ECANCELED;
+         each = each->ai_next) {
         uint64_t now = now_ns();
 
-        s->deadline_ns = now + timeout_ns / left--; /* one that is silent must not cost the others their chance */
+        /* one that is silent must not cost the others their chance */
+        s->deadline_ns = now + timeout_ns / left--;
         error = connect_to(s, each->ai_addr, each->ai_addrlen, each->ai_family);
         timeout_ns -= at_most(timeout_ns, now_ns() - now);
     }
@@ -86,11 +96,15 @@ static int connect_tcp(struct nbd_stream *s, const struct nbd_target *target, ui
     return error;
 }
 
-/* Without a connection the kernel refuses TLS, but for another reason if it does not have it (tcp_set_ulp, tls_init). */
+/*
+ * Without a connection the kernel refuses TLS, but for another reason if it does not have it
+ * (tcp_set_ulp, tls_init).
+ */
 int vd_kernel_has_tls(void)
 {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) && errno == ENOTCONN;
+    bool has = fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")) &&
+               errno == ENOTCONN;
 
     if (fd >= 0)
         close(fd);
@@ -100,7 +114,8 @@ int vd_kernel_has_tls(void)
 /* What cannot be opened is missed where it is needed (tls.c). */
 static void open_keys(struct nbd_stream *s, const struct nbd_target *target)
 {
-    static const char *const names[NBD_KEYS] = { "ca-cert.pem", "client-cert.pem", "client-key.pem" };
+    static const char *const names[NBD_KEYS] = { "ca-cert.pem", "client-cert.pem",
+                                                 "client-key.pem" };
 
     if (target->psk_file[0]) {
         s->keys[0] = open(target->psk_file, O_RDONLY | O_CLOEXEC);
@@ -123,9 +138,11 @@ void nbd_close_keys(struct nbd_stream *s)
     }
 }
 
-int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
+int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns,
+                  char reason[NBD_REASON_BYTES])
 {
-    int error = target->socket[0] ? connect_unix(s, target->socket) : connect_tcp(s, target, timeout_ns, reason);
+    int error = target->socket[0] ? connect_unix(s, target->socket)
+                                  : connect_tcp(s, target, timeout_ns, reason);
 
     if (error && !reason[0])
         snprintf(reason, NBD_REASON_BYTES, "cannot connect: %s", strerror(-error));
@@ -134,10 +151,4 @@ int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_
         open_keys(s, target);
     }
     return error;
-}
-
-int nbd_dial(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns, char reason[NBD_REASON_BYTES])
-{
-    return target->broker_fd >= 0 ? nbd_broker_dial(s, target, timeout_ns, reason)
-                                  : nbd_dial_here(s, target, timeout_ns, reason);
 }

@@ -1,23 +1,26 @@
 /*
  * How connections end: dropped, or with a goodbye.
  *
- * Dropped is what may have something of ours under way. The kernel must not go on sending it when somebody else has sent
- * it again and the driver has written the same place since; so no socket lingers (SO_LINGER, 0 s), from before it is connected on:
- * whenever it is closed, by the end of a process that was killed too, what it holds is thrown away and the server's side reset.
- * A connection that is given up while the kernel works for it, or by another thread, is cut: disconnected, which does the same at once.
- * Not so with the kernel's TLS, which cannot be disconnected (EOPNOTSUPP; before Linux 6.15 it is let, and corrupts itself):
- * it is shut down, which makes the kernel let go, and what it holds is thrown away when it is closed right after that.
- * What the server's own kernel has received is out of our reach, and so is all that was sent through a unix socket.
+ * Dropped is what may have something of ours under way. The kernel must not go on sending it when
+ * somebody else has sent it again and the driver has written the same place since; so no socket
+ * lingers (SO_LINGER, 0 s), from before it is connected on: whenever it is closed, by the end of a
+ * process that was killed too, what it holds is thrown away and the server's side reset. A
+ * connection that is given up while the kernel works for it, or by another thread, is cut:
+ * disconnected, which does the same at once. Not so with the kernel's TLS, which cannot be
+ * disconnected (EOPNOTSUPP; before Linux 6.15 it is let, and corrupts itself): it is shut down,
+ * which makes the kernel let go, and what it holds is thrown away when it is closed right after
+ * that. What the server's own kernel has received is out of our reach, and so is all that was sent
+ * through a unix socket.
  *
- * A goodbye is said where nothing is under way: servers tell it from a client's death, and stop counting it. Best effort,
- * and never waited for but where the caller says how long.
+ * A goodbye is said where nothing is under way: servers tell it from a client's death, and stop
+ * counting it. Best effort, and never waited for but where the caller says how long.
  */
 #include <openssl/err.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "nbd.h"
+#include "connection.h"
 
 static void set_linger(int fd, bool reset)
 {
@@ -33,7 +36,8 @@ void nbd_drop_at_close(int fd)
 
 void nbd_cut(const struct nbd_link *link)
 {
-    const sa_family_t nowhere = AF_UNSPEC; /* no more than that: a worker in jail may connect to nothing longer (jail.py) */
+    /* no more than that: a worker in jail may connect to nothing longer (jail.py) */
+    const sa_family_t nowhere = AF_UNSPEC;
 
     if (link->kernel_tls || connect(link->fd, (const struct sockaddr *)&nowhere, sizeof(nowhere)))
         (void)shutdown(link->fd, SHUT_RDWR);
@@ -67,7 +71,7 @@ static size_t last_word(const struct nbd_link *link, uint8_t word[NBD_EXTENDED_R
 }
 
 /* All of it or nothing that counts, without waiting. */
-static bool say(const struct nbd_link *link, const uint8_t *word, size_t bytes)
+static bool say_word(const struct nbd_link *link, const uint8_t *word, size_t bytes)
 {
     size_t moved = 0;
 
@@ -86,7 +90,7 @@ void nbd_say_goodbye(const struct nbd_link *link)
     uint8_t word[NBD_EXTENDED_REQUEST_BYTES];
     size_t bytes = last_word(link, word);
 
-    if (bytes && say(link, word, bytes))
+    if (bytes && say_word(link, word, bytes))
         set_linger(link->fd, false);
     (void)shutdown(link->fd, SHUT_WR);
 }

@@ -1,8 +1,10 @@
 /*
- * The NBD backend: an export of a server elsewhere. nbd.h says which part is where; each queue has a connection of its own.
+ * The NBD backend: an export of a server elsewhere. nbd.h says which part is where; each queue has
+ * a connection of its own.
  *
- * At open one connection is made, so that what can never work is refused at once; not so where a device that exists
- * already is to be served again: then the server may be away, and requests wait for it.
+ * At open one connection is made, so that what can never work is refused at once; not so where a
+ * device that exists already is to be served again: then the server may be away, and requests wait
+ * for it.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -10,37 +12,21 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "nbd.h"
+#include "exchange.h"
 
-enum { OPEN_MS = 10000, LOOK_MS = 3000, JOIN_MS = 1000, LEAVE_MS = 500, FORGET_MS = 500, FORGET_STEP_MS = 50 };
+enum {
+    OPEN_MS = 10000,
+    LOOK_MS = 3000,
+    JOIN_MS = 1000,
+    LEAVE_MS = 500,
+    FORGET_MS = 500,
+    FORGET_STEP_MS = 50
+};
 
-static char *copy(const char *text)
-{
-    return strdup(text ? text : "");
-}
-
-static void free_target(struct nbd_target *t)
-{
-    char *strings[] = { t->host, t->service, t->socket, t->export, t->certificates, t->psk_file, t->psk_identity,
-                        t->tls_hostname };
-
-    for (size_t i = 0; i < sizeof(strings) / sizeof(strings[0]); i++)
-        free(strings[i]);
-}
-
-int nbd_copy_target(struct nbd_target *t, const struct vd_nbd_config *c)
-{
-    *t = (struct nbd_target){ copy(c->host), copy(c->service), copy(c->socket), copy(c->export_name), c->tls, c->write_through,
-                              c->tls_records, copy(c->certificates), copy(c->psk_file), copy(c->psk_identity), copy(c->tls_hostname),
-                              c->brokered ? c->broker_fd : -1 };
-    if (t->host && t->service && t->socket && t->export && t->certificates && t->psk_file && t->psk_identity &&
-        t->tls_hostname)
-        return 0;
-    free_target(t);
-    return -ENOMEM;
-}
-
-/* True if the thread has ended: one that looks up a name cannot be interrupted, and keeps what it uses. */
+/*
+ * True if the thread has ended: one that looks up a name cannot be interrupted, and keeps what it
+ * uses.
+ */
 static bool stop_connector(struct nbd *n)
 {
     struct timespec until = moment(now_ns() + JOIN_MS * 1000000ull);
@@ -72,7 +58,7 @@ static void nbd_close(void *state)
     nbd_clear_spares(n, UINT64_MAX);
     if (n->cancel_fd >= 0)
         close(n->cancel_fd);
-    free_target(&n->target);
+    nbd_target_free(&n->target);
     pthread_mutex_destroy(&n->lock);
     pthread_cond_destroy(&n->changed);
     free(n);
@@ -85,7 +71,7 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
 
     if (!n)
         return -ENOMEM;
-    if (nbd_copy_target(&n->target, config->nbd)) {
+    if (nbd_target_copy(&n->target, config->nbd)) {
         free(n);
         return -ENOMEM;
     }
@@ -107,15 +93,17 @@ static int new_nbd(const struct vd_config *config, struct nbd **result)
 }
 
 /*
- * Who opens an export has perhaps just asked what it is: servers that count their clients take a moment to forget one that
- * has left.
+ * Who opens an export has perhaps just asked what it is: servers that count their clients take a
+ * moment to forget one that has left.
  */
-static int connect_patiently(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link, char *reason)
+static int connect_patiently(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link,
+                             char *reason)
 {
     uint64_t until_ns = now_ns() + FORGET_MS * 1000000ull;
     int error;
 
-    while ((error = nbd_connect(n, timeout_ms, link, reason)) == -ECONNRESET && now_ns() < until_ns)
+    while ((error = nbd_connect_now(n, timeout_ms, link, reason)) == -ECONNRESET &&
+           now_ns() < until_ns)
         usleep(FORGET_STEP_MS * 1000);
     return error;
 }
@@ -172,8 +160,9 @@ static void need(struct nbd *n, uint64_t capacity_bytes)
 }
 
 /*
- * The size is said in the handshake only: shake hands once more, unless nobody has asked yet since open did. Not here: the control thread may be kept for a moment, and
- * looking up a name may take minutes.
+ * The size is said in the handshake only: shake hands once more, unless nobody has asked yet since
+ * open did. Not here: the control thread may be kept for a moment, and looking up a name may take
+ * minutes.
  */
 static int nbd_resize(void *state, uint64_t capacity_bytes)
 {
@@ -197,7 +186,8 @@ static int nbd_resize(void *state, uint64_t capacity_bytes)
     return error;
 }
 
-int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info, char *reason)
+int vd_nbd_probe(const struct vd_nbd_config *config, uint32_t timeout_ms, struct vd_nbd_info *info,
+                 char *reason)
 {
     struct vd_config about = { .max_queues = 1, .read_only = 1, .event_fd = -1, .nbd = config };
     struct nbd_link link;

@@ -1,14 +1,15 @@
 /*
- * The NBD handshake, fixed newstyle, as the client: TLS if it is asked for, replies in chunks if the server has them (with
- * extended headers if it has those), then the export by name. Runs on the connector's thread.
+ * The NBD handshake, fixed newstyle, as the client: TLS if it is asked for, replies in chunks if
+ * the server has them (with extended headers if it has those), then the export by name. Runs on the
+ * connector's thread.
  *
- * The server may be anybody and say anything: what it says is bounded (bytes of a reply, replies to an option, time by the
- * stream's deadline), and each number is checked before it is used.
+ * The server may be anybody and say anything: what it says is bounded (bytes of a reply, replies to
+ * an option, time by the stream's deadline), and each number is checked before it is used.
  */
 #include <errno.h>
 #include <stdio.h>
 
-#include "nbd.h"
+#include "connection.h"
 
 enum { REPLY_MAX = 64 * 1024, REPLIES_MAX = 256, DEFAULT_MAX_PAYLOAD = 32 << 20 };
 
@@ -30,12 +31,15 @@ static int broken(char *reason, const char *text)
 /* Why the stream failed, in words. */
 static int lost(char *reason, int error)
 {
-    return fail(reason, error, error == -ETIMEDOUT ? "the server did not answer in time" :
-                               error == -ECANCELED ? "given up" :
-                               error == -ECONNRESET ? "the server closed the connection during the handshake" : strerror(-error));
+    return fail(reason, error,
+                error == -ETIMEDOUT    ? "the server did not answer in time"
+                : error == -ECANCELED  ? "given up"
+                : error == -ECONNRESET ? "the server closed the connection during the handshake"
+                                       : strerror(-error));
 }
 
-static int send_option(struct nbd_stream *s, uint32_t option, const void *data, uint32_t length, char *reason)
+static int send_option(struct nbd_stream *s, uint32_t option, const void *data, uint32_t length,
+                       char *reason)
 {
     uint8_t header[16];
     int error;
@@ -50,7 +54,8 @@ static int send_option(struct nbd_stream *s, uint32_t option, const void *data, 
 }
 
 /* The next reply to an option; its payload is still to be read. */
-static int read_option_reply(struct nbd_stream *s, uint32_t option, struct option_reply *reply, char *reason)
+static int read_option_reply(struct nbd_stream *s, uint32_t option, struct option_reply *reply,
+                             char *reason)
 {
     uint8_t header[20];
     int error = nbd_stream_read(s, header, sizeof(header));
@@ -95,14 +100,17 @@ static int ask(struct nbd_stream *s, uint32_t option, char *reason)
         return error;
     if (reply.type == NBD_REP_ACK)
         return 1;
-    return reply.type & NBD_REPLY_ERROR ? 0 : broken(reason, "the server's answer to an option is none");
+    return reply.type & NBD_REPLY_ERROR
+               ? 0
+               : broken(reason, "the server's answer to an option is none");
 }
 
 static int check_export(struct nbd_export *e, char *reason)
 {
     e->said_bytes = e->size_bytes;
+    /* What is left at the end cannot be reached. */
     if (e->min_block)
-        e->size_bytes -= e->size_bytes % e->min_block; /* what is left at the end cannot be reached */
+        e->size_bytes -= e->size_bytes % e->min_block;
     if (!e->size_bytes || e->size_bytes > INT64_MAX)
         return broken(reason, "the server says that the export has no or an absurd size");
     if (!(e->flags & NBD_FLAG_HAS_FLAGS))
@@ -159,13 +167,15 @@ static int refused(uint32_t type, const char *export, char *reason)
     case NBD_ERR_BLOCK_SIZE_REQD:
         return fail(reason, -EPROTO, "the server does not believe that we keep to its block size");
     default:
-        snprintf(reason, NBD_REASON_BYTES, "the server refused the export with error %u", type & ~NBD_REPLY_ERROR);
+        snprintf(reason, NBD_REASON_BYTES, "the server refused the export with error %u",
+                 type & ~NBD_REPLY_ERROR);
         return -EPROTO;
     }
 }
 
 /* NBD_OPT_EXPORT_NAME, for servers without NBD_OPT_GO: an unknown name closes the connection. */
-static int take_by_name(struct nbd_stream *s, const char *name, bool zeroes, struct nbd_export *e, char *reason)
+static int take_by_name(struct nbd_stream *s, const char *name, bool zeroes, struct nbd_export *e,
+                        char *reason)
 {
     uint8_t answer[10];
     int error = send_option(s, NBD_OPT_EXPORT_NAME, name, (uint32_t)strlen(name), reason);
@@ -224,9 +234,13 @@ static int greet(struct nbd_stream *s, bool *zeroes, char *reason)
     int error = nbd_stream_read(s, greeting, sizeof(greeting));
 
     if (error == -ECONNRESET)
-        return fail(reason, error, "the server closed the connection before it said anything: perhaps it takes no more clients");
+        return fail(reason, error,
+                    "the server closed the connection before it said anything: "
+                    "perhaps it takes no more clients");
     if (error == -ETIMEDOUT)
-        return fail(reason, error, "the server did not answer in time; it says nothing: perhaps it takes one client at a time");
+        return fail(reason, error,
+                    "the server did not answer in time; it says nothing: "
+                    "perhaps it takes one client at a time");
     if (error)
         return lost(reason, error);
     if (get64(greeting) != NBD_MAGIC)

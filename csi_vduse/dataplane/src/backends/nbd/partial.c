@@ -1,15 +1,17 @@
 /*
- * Servers may want every offset and length to be a multiple of some block (NBD_INFO_BLOCK_SIZE) that is larger than the 512
- * bytes in which drivers count. Whole blocks go as they are. A part of one is read as a whole into the queue's block, and
- * taken from there, or changed there and written back.
+ * Servers may want every offset and length to be a multiple of some block (NBD_INFO_BLOCK_SIZE)
+ * that is larger than the 512 bytes in which drivers count. Whole blocks go as they are. A part of
+ * one is read as a whole into the queue's block, and taken from there, or changed there and written
+ * back.
  *
- * Between reading and writing nobody else may write the block, on any queue: what they wrote would be undone. So
- * whatever changes blocks needs a hold: many at once may change whole blocks, or one alone changes a part of one. Who waits
- * to be alone comes before whoever comes after him. Holds survive a lost connection, as their requests do.
+ * Between reading and writing nobody else may write the block, on any queue: what they wrote would
+ * be undone. So whatever changes blocks needs a hold: many at once may change whole blocks, or one
+ * alone changes a part of one. Who waits to be alone comes before whoever comes after him. Holds
+ * survive a lost connection, as their requests do.
  *
  * All of that is for servers with large blocks; with others nothing here is called.
  */
-#include "nbd.h"
+#include "exchange.h"
 
 void nbd_register(struct nbd_queue *nq)
 {
@@ -105,8 +107,11 @@ enum nbd_next nbd_part(struct nbd_queue *nq, struct nbd_slot *slot, uint64_t off
     return NBD_COMMAND;
 }
 
-/* Copy between the request's next bytes and a place in the block; zeros where the request has no bytes. */
-static void copy(struct vd_request *r, uint8_t *place, uint64_t bytes)
+/*
+ * Copy between the request's next bytes and a place in the block; zeros where the request has no
+ * bytes.
+ */
+static void copy_part(struct vd_request *r, uint8_t *place, uint64_t bytes)
 {
     if (r->operation == VD_WRITE_ZEROES) {
         memset(place, 0, bytes);
@@ -128,12 +133,13 @@ uint64_t nbd_part_done(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
     bool zeroes = r->operation == VD_WRITE_ZEROES;
-    uint64_t begin = zeroes ? r->extents[r->step].offset : r->offset, length = zeroes ? r->extents[r->step].length : r->length;
+    uint64_t begin = zeroes ? r->extents[r->step].offset : r->offset,
+             length = zeroes ? r->extents[r->step].length : r->length;
     uint64_t at = begin + r->done - slot->offset, room = slot->length - at, left = length - r->done;
     uint64_t bytes = left < room ? left : room;
 
     if (!slot->block_read)
-        copy(r, nq->block + at, bytes);
+        copy_part(r, nq->block + at, bytes);
     if (r->operation == VD_READ || slot->block_read) {
         nbd_release(nq, slot);
         return bytes;

@@ -1,22 +1,23 @@
 /*
  * Replies out of the socket, many in one system call, straight into the driver's buffers.
  *
- * A reply's payload follows its header, and whose payload it is only the header tells. So where a receive is prepared it
- * is predicted: servers mostly answer in the order that they were asked in. The pieces of a receive are first what is
- * certain (the rest of a payload whose header is here), then for each command in that order a place for its header and its own
- * buffers. A prediction that was right costs nothing; what came after a wrong one is taken out to spill and put where
- * it belongs. A server that is often wrong is not predicted any more until it would have been right for a while:
- * then small replies are received into spill, many together, and of large ones the header alone, which makes the rest certain.
+ * A reply's payload follows its header, and whose payload it is only the header tells. So where a
+ * receive is prepared it is predicted: servers mostly answer in the order that they were asked in.
+ * The pieces of a receive are first what is certain (the rest of a payload whose header is here),
+ * then for each command in that order a place for its header and its own buffers. A prediction that
+ * was right costs nothing; what came after a wrong one is taken out to spill and put where it
+ * belongs. A server that is often wrong is not predicted any more until it would have been right
+ * for a while: then small replies are received into spill, many together, and of large ones the
+ * header alone, which makes the rest certain.
  *
- * That a driver's buffer may hold another block of the same disk until its request ends does no harm: the driver
- * may not look at it before, and could read that block anyway.
+ * That a driver's buffer may hold another block of the same disk until its request ends does no
+ * harm: the driver may not look at it before, and could read that block anyway.
  */
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 
-#include "nbd.h"
-#include "secure.h"
+#include "exchange.h"
 
 enum { TRUST_MAX = 64, TRUST_ENOUGH = 16, LARGE_BYTES = 16384 };
 
@@ -33,8 +34,12 @@ void nbd_receive_reset(struct nbd_queue *nq)
     nq->other_header = nq->link.export.extended ? NBD_EXTENDED_BYTES : NBD_SIMPLE_BYTES;
 }
 
-/* Pieces of a command's buffers, from at on, bytes long, into to; at most room. Returns how many, and how long they are. */
-static uint32_t pieces(struct iovec *to, uint32_t room, const struct nbd_slot *slot, uint64_t at, uint64_t *bytes)
+/*
+ * Pieces of a command's buffers, from at on, bytes long, into to; at most room. Returns how many,
+ * and how long they are.
+ */
+static uint32_t pieces(struct iovec *to, uint32_t room, const struct nbd_slot *slot, uint64_t at,
+                       uint64_t *bytes)
 {
     uint64_t left = *bytes;
     uint32_t n = 0;
@@ -88,8 +93,9 @@ static int finish_reply(struct nbd_queue *nq)
     nq->in_payload = false;
     if (!nq->reply.done)
         return 0;
+    /* It goes away with this connection, and the request does not fail of it. */
     if (slot->error == ESHUTDOWN)
-        return -ESHUTDOWN; /* it goes away with this connection, and the request does not fail of it */
+        return -ESHUTDOWN;
     if (!slot->error && slot->type == NBD_READ && slot->received != slot->length)
         return -EPROTO;
     nbd_remove(&nq->sent, slot);
@@ -110,7 +116,7 @@ static int begin_reply(struct nbd_queue *nq)
     if (reply->hole)
         put(slot, reply->at, NULL, reply->hole);
     slot->received += reply->payload + reply->hole;
-    count_up(&nq->queue->stats->remote.received_bytes, reply->payload);
+    count_up(&nq->stats->received_bytes, reply->payload);
     if (slot->type == NBD_READ && reply->payload)
         nq->read_header = reply->header_bytes;
     else if (slot->type != NBD_READ && !reply->error)
@@ -122,7 +128,7 @@ static int begin_reply(struct nbd_queue *nq)
 }
 
 /* So many bytes of the payload are where they belong. */
-static int advance(struct nbd_queue *nq, uint32_t bytes)
+static int take_payload(struct nbd_queue *nq, uint32_t bytes)
 {
     nq->payload_left -= bytes;
     nq->reply.at += bytes;
@@ -147,8 +153,8 @@ static int feed_payload(struct nbd_queue *nq, const uint8_t *from, uint32_t byte
         n = bytes;
     if (nq->payload_left) {
         put(nq->reply.slot, nq->reply.at, from, n);
-        count_up(&nq->queue->stats->remote.copied_bytes, n);
-        error = advance(nq, n);
+        count_up(&nq->stats->copied_bytes, n);
+        error = take_payload(nq, n);
     } else {
         nq->skip_left -= n;
         error = nq->skip_left ? 0 : finish_reply(nq);
@@ -198,7 +204,8 @@ static void predict(struct nbd_queue *nq)
 {
     uint32_t bytes = 0;
 
-    for (struct nbd_slot *slot = nq->sent.first; slot && nq->predicted < NBD_PREDICTED_MAX; slot = slot->next) {
+    for (struct nbd_slot *slot = nq->sent.first; slot && nq->predicted < NBD_PREDICTED_MAX;
+         slot = slot->next) {
         uint32_t k = nq->predicted, room = NBD_IOV_MAX - nq->receive_count;
         uint64_t payload = slot->type == NBD_READ ? slot->length : 0;
         uint32_t header = slot->type == NBD_READ ? nq->read_header : nq->other_header;
@@ -219,7 +226,8 @@ static void predict(struct nbd_queue *nq)
         nq->prediction[k].iov = nq->receive_count;
         nq->prediction[k].header_bytes = header;
         nq->receive_count++;
-        nq->receive_count += pieces(nq->receive_iov + nq->receive_count, room - 1, slot, 0, &payload);
+        nq->receive_count += pieces(nq->receive_iov + nq->receive_count, room - 1, slot, 0,
+                                    &payload);
         nq->prediction[k].payload_bytes = (uint32_t)payload;
         bytes += header + (uint32_t)payload;
         nq->predicted++;
@@ -236,18 +244,20 @@ static void prepare_spill(struct nbd_queue *nq)
 
     if (next && next == nq->reply.slot && nq->in_payload)
         next = next->next;
-    if (next && next->type == NBD_READ && next->length >= LARGE_BYTES && nq->header_have < nq->read_header)
+    if (next && next->type == NBD_READ && next->length >= LARGE_BYTES &&
+        nq->header_have < nq->read_header)
         bytes = nq->read_header - nq->header_have;
     nq->receive_iov[nq->receive_count++] = (struct iovec){ nq->spill, bytes };
 }
 
-static void prepare(struct nbd_queue *nq)
+void nbd_receive_prepare(struct nbd_queue *nq)
 {
     nq->receive_count = nq->predicted = nq->certain_bytes = 0;
     if (nq->in_payload && nq->payload_left) {
         uint64_t bytes = nq->payload_left;
 
-        nq->receive_count = pieces(nq->receive_iov, NBD_IOV_MAX / 2, nq->reply.slot, nq->reply.at, &bytes);
+        nq->receive_count = pieces(nq->receive_iov, NBD_IOV_MAX / 2, nq->reply.slot, nq->reply.at,
+                                   &bytes);
         nq->certain_bytes = (uint32_t)bytes;
         if (nq->certain_bytes < nq->payload_left)
             return;
@@ -260,24 +270,14 @@ static void prepare(struct nbd_queue *nq)
 
 void nbd_receive(struct nbd_queue *nq)
 {
-    void *tag = nbd_tag(nq, NBD_RECEIVE);
-    struct io_uring_sqe *sqe;
-
-    if (nq->receiving || (!nq->sent.first && !nq->in_payload))
-        return;
-    if (nq->link.ssl) {
-        nbd_secure_receive(nq);
-        return;
-    }
-    prepare(nq);
-    sqe = vd_queue_sqe(nq->queue, tag);
-    nq->receive_message = (struct msghdr){ .msg_iov = nq->receive_iov, .msg_iovlen = nq->receive_count };
-    io_uring_prep_recvmsg(sqe, nq->link.fd, &nq->receive_message, 0);
-    io_uring_sqe_set_data(sqe, tag);
-    nq->receiving = true;
+    if (!nq->receiving && (nq->sent.first || nq->in_payload))
+        nq->transport->receive(nq);
 }
 
-/* What was received from a prediction's header on, in the order of the stream, goes to spill and is taken as it comes. */
+/*
+ * What was received from a prediction's header on, in the order of the stream, goes to spill and is
+ * taken as it comes.
+ */
 static int take_as_it_comes(struct nbd_queue *nq, uint32_t k, uint32_t bytes)
 {
     uint32_t have = k ? 0 : nq->header_have, at = 0;
@@ -285,12 +285,13 @@ static int take_as_it_comes(struct nbd_queue *nq, uint32_t k, uint32_t bytes)
     nq->header_have = 0;
     memcpy(nq->spill, nq->stage[k], have);
     for (uint32_t i = nq->prediction[k].iov; at < bytes; i++) {
-        size_t n = nq->receive_iov[i].iov_len < bytes - at ? nq->receive_iov[i].iov_len : bytes - at;
+        size_t n = nq->receive_iov[i].iov_len < bytes - at ? nq->receive_iov[i].iov_len
+                                                           : bytes - at;
 
         memcpy(nq->spill + have + at, nq->receive_iov[i].iov_base, n);
         at += (uint32_t)n;
     }
-    count_up(&nq->queue->stats->remote.copied_bytes, bytes);
+    count_up(&nq->stats->copied_bytes, bytes);
     return nbd_feed(nq, nq->spill, have + bytes);
 }
 
@@ -307,8 +308,10 @@ static int compare(struct nbd_queue *nq, uint32_t bytes)
         error = nbd_reply_parse(nq, nq->stage[k], header, &nq->reply);
         if (error < 0)
             return error;
-        bool right = !error && nq->reply.slot == slot && nq->reply.header_bytes == header && !nq->reply.skip &&
-                     (slot->type != NBD_READ || (!nq->reply.at && nq->reply.payload == slot->length));
+        bool right = !error && nq->reply.slot == slot && nq->reply.header_bytes == header &&
+                     !nq->reply.skip &&
+                     (slot->type != NBD_READ ||
+                      (!nq->reply.at && nq->reply.payload == slot->length));
 
         if (!right) {
             judge(nq, !error && nq->reply.slot == slot);
@@ -323,7 +326,7 @@ static int compare(struct nbd_queue *nq, uint32_t bytes)
             if (n > nq->prediction[k].payload_bytes)
                 return -EPROTO;
             bytes -= n;
-            error = advance(nq, n);
+            error = take_payload(nq, n);
         }
         if (error)
             return error;
@@ -332,8 +335,8 @@ static int compare(struct nbd_queue *nq, uint32_t bytes)
 }
 
 /*
- * Some servers send a TLS record each for a reply's header and its data, and their TCP (Nagle) keeps the second back until we
- * acknowledge the first, which ours puts off by 40 ms.
+ * Some servers send a TLS record each for a reply's header and its data, and their TCP (Nagle)
+ * keeps the second back until we acknowledge the first, which ours puts off by 40 ms.
  */
 void nbd_acknowledge(struct nbd_queue *nq)
 {
@@ -343,26 +346,13 @@ void nbd_acknowledge(struct nbd_queue *nq)
         (void)setsockopt(nq->link.fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof(on));
 }
 
-void nbd_receive_done(struct nbd_queue *nq, int result)
+int nbd_receive_take(struct nbd_queue *nq, uint32_t bytes)
 {
-    uint32_t bytes = (uint32_t)result, certain;
-    int error = 0;
+    uint32_t certain = bytes < nq->certain_bytes ? bytes : nq->certain_bytes;
+    int error = certain ? take_payload(nq, certain) : 0;
 
-    nq->receiving = false;
-    if (result == -EAGAIN || result == -EINTR)
-        return;
-    if (result <= 0 || nq->broken) {
-        nbd_broke(nq, result);
-        return;
-    }
-    count_up(&nq->queue->stats->remote.receives, 1);
-    certain = bytes < nq->certain_bytes ? bytes : nq->certain_bytes;
-    if (certain)
-        error = advance(nq, certain);
     bytes -= certain;
-    if (!error && bytes)
-        error = nq->predicted ? compare(nq, bytes) : nbd_feed(nq, nq->spill, bytes);
-    if (error)
-        nbd_misunderstood(nq, error);
-    nbd_acknowledge(nq);
+    if (error || !bytes)
+        return error;
+    return nq->predicted ? compare(nq, bytes) : nbd_feed(nq, nq->spill, bytes);
 }

@@ -1,12 +1,13 @@
 /*
- * The header of one reply: simple, structured or extended, and what of a chunk's payload says where the rest belongs.
+ * The header of one reply: simple, structured or extended, and what of a chunk's payload says where
+ * the rest belongs.
  *
- * The server chose every number in it. What comes out names a command that was sent as a whole and is not yet answered, and
- * a range inside of that command's buffers.
+ * The server chose every number in it. What comes out names a command that was sent as a whole and
+ * is not yet answered, and a range inside of that command's buffers.
  */
 #include <errno.h>
 
-#include "nbd.h"
+#include "exchange.h"
 
 enum { ERROR_TEXT_MAX = 64 * 1024 };
 
@@ -40,7 +41,10 @@ static struct nbd_slot *find_slot(struct nbd_queue *nq, uint64_t cookie)
     uint64_t index = cookie & ((1 << NBD_COOKIE_SHIFT) - 1);
     struct nbd_slot *slot = &nq->slots[index];
 
-    return index < nq->queue->config.size && slot->sent && slot->cookie == cookie && !being_sent(nq, slot) ? slot : NULL;
+    return index < vd_queue_config_of(nq->queue)->size && slot->sent && slot->cookie == cookie &&
+                   !being_sent(nq, slot)
+               ? slot
+               : NULL;
 }
 
 /* A part of what the command reads: from offset, as the protocol counts, so many bytes. */
@@ -48,18 +52,25 @@ static int place(struct nbd_reply *reply, uint64_t offset, uint64_t bytes)
 {
     const struct nbd_slot *slot = reply->slot;
 
-    if (slot->type != NBD_READ || !bytes || offset < slot->offset || offset - slot->offset > slot->length ||
-        bytes > slot->length - (offset - slot->offset) || bytes > slot->length - slot->received)
+    if (slot->type != NBD_READ || !bytes || offset < slot->offset ||
+        offset - slot->offset > slot->length || bytes > slot->length - (offset - slot->offset) ||
+        bytes > slot->length - slot->received)
         return -EPROTO;
     reply->at = (uint32_t)(offset - slot->offset);
     return 0;
 }
 
-/* What depends on the chunk's type; the header's first part ends at base and length bytes belong to the chunk. */
-static int parse_chunk(const uint8_t *header, uint32_t have, uint32_t base, uint16_t type, uint64_t length,
-                       struct nbd_reply *reply)
+/*
+ * What depends on the chunk's type; the header's first part ends at base and length bytes belong to
+ * the chunk.
+ */
+static int parse_chunk(const uint8_t *header, uint32_t have, uint32_t base, uint16_t type,
+                       uint64_t length, struct nbd_reply *reply)
 {
-    uint32_t more = type == NBD_CHUNK_DATA ? 8 : type == NBD_CHUNK_HOLE ? 12 : type & NBD_CHUNK_ERROR ? 6 : 0;
+    uint32_t more = type == NBD_CHUNK_DATA   ? 8
+                    : type == NBD_CHUNK_HOLE ? 12
+                    : type & NBD_CHUNK_ERROR ? 6
+                                             : 0;
 
     if (length < more || (type == NBD_CHUNK_HOLE && length != more))
         return -EPROTO;
@@ -93,14 +104,16 @@ static int parse_simple(struct nbd_queue *nq, const uint8_t *header, struct nbd_
     reply->slot = find_slot(nq, get64(header + 8));
     reply->error = to_errno(get32(header + 4));
     reply->done = true;
-    if (!reply->slot || e->extended || (e->structured && reply->slot->type == NBD_READ && !reply->error))
+    if (!reply->slot || e->extended ||
+        (e->structured && reply->slot->type == NBD_READ && !reply->error))
         return -EPROTO;
     if (reply->slot->type == NBD_READ && !reply->error)
         reply->payload = (uint32_t)reply->slot->length;
     return 0;
 }
 
-int nbd_reply_parse(struct nbd_queue *nq, const uint8_t *header, uint32_t have, struct nbd_reply *reply)
+int nbd_reply_parse(struct nbd_queue *nq, const uint8_t *header, uint32_t have,
+                    struct nbd_reply *reply)
 {
     bool extended;
     uint32_t base;
@@ -131,5 +144,6 @@ int nbd_reply_parse(struct nbd_queue *nq, const uint8_t *header, uint32_t have, 
     reply->done = get16(header + 4) & NBD_CHUNK_DONE;
     if (!reply->slot)
         return -EPROTO;
-    return parse_chunk(header, have, base, get16(header + 6), extended ? get64(header + 24) : get32(header + 16), reply);
+    return parse_chunk(header, have, base, get16(header + 6),
+                       extended ? get64(header + 24) : get32(header + 16), reply);
 }

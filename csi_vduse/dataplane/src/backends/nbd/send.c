@@ -1,13 +1,12 @@
 /*
- * Commands into the socket: all that wait, headers and payload, in one sendmsg that the queue's io_uring does together with
- * everything else of its turn. Payload goes from the driver's buffers; nothing is copied here.
+ * Commands into the socket: all that wait, headers and payload, in one sendmsg that the queue's
+ * io_uring does together with everything else of its turn. Payload goes from the driver's buffers;
+ * nothing is copied here.
  *
- * One send is under way at a time. The kernel has our pieces until it ends, also while it waits for room.
+ * One send is under way at a time. The kernel has our pieces until it ends, also while it waits for
+ * room.
  */
-#include <errno.h>
-
-#include "nbd.h"
-#include "secure.h"
+#include "exchange.h"
 
 static void encode(struct nbd_queue *nq, struct nbd_slot *slot)
 {
@@ -46,9 +45,10 @@ static uint32_t add_payload(struct iovec *to, const struct nbd_slot *slot)
 }
 
 /* The slot's command into send_iov; false if it does not fit any more. */
-static bool add(struct nbd_queue *nq, struct nbd_slot *slot)
+static bool add_command(struct nbd_queue *nq, struct nbd_slot *slot)
 {
-    uint32_t header_bytes = nq->link.export.extended ? NBD_EXTENDED_REQUEST_BYTES : NBD_REQUEST_BYTES;
+    uint32_t header_bytes = nq->link.export.extended ? NBD_EXTENDED_REQUEST_BYTES
+                                                     : NBD_REQUEST_BYTES;
     bool payload = slot->type == NBD_WRITE;
 
     if (nq->send_count + 1 + (payload ? slot->iov_count : 0) > NBD_IOV_MAX)
@@ -63,12 +63,12 @@ static bool add(struct nbd_queue *nq, struct nbd_slot *slot)
     slot->sent = true;
     slot->received = 0;
     slot->error = 0;
-    slot->sent_ns = nq->queue->now_ns;
+    slot->sent_ns = vd_queue_now_ns(nq->queue);
     return true;
 }
 
 /* Take what waits and may go, as far as it fits. */
-static void gather(struct nbd_queue *nq)
+static void gather_commands(struct nbd_queue *nq)
 {
     struct nbd_slot *next;
 
@@ -81,57 +81,16 @@ static void gather(struct nbd_queue *nq)
         if (need == NBD_ENDED) {
             nbd_remove(&nq->waiting, slot);
             nbd_finish(nq, slot, 0);
-        } else if (need == NBD_COMMAND && (!add(nq, slot) || nbd_one_by_one(nq))) {
+        } else if (need == NBD_COMMAND && (!add_command(nq, slot) || nbd_one_by_one(nq))) {
             return;
         }
     }
 }
 
-static void submit(struct nbd_queue *nq)
-{
-    void *tag = nbd_tag(nq, NBD_SEND);
-    struct io_uring_sqe *sqe = vd_queue_sqe(nq->queue, tag);
-
-    nq->send_message = (struct msghdr){ .msg_iov = nq->send_iov + nq->send_first,
-                                        .msg_iovlen = nq->send_count - nq->send_first };
-    io_uring_prep_sendmsg(sqe, nq->link.fd, &nq->send_message, MSG_NOSIGNAL); /* kTLS takes no MSG_WAITALL */
-    io_uring_sqe_set_data(sqe, tag);
-    nq->sending = true;
-    count_up(&nq->queue->stats->remote.sends, 1);
-}
-
-void nbd_send(struct nbd_queue *nq)
+struct nbd_loss nbd_send(struct nbd_queue *nq)
 {
     if (nq->sending || !nq->waiting.first || (nbd_one_by_one(nq) && nq->sent.first))
-        return;
-    gather(nq);
-    if (!nq->send_count)
-        return;
-    if (nq->link.ssl)
-        nbd_secure_send(nq);
-    else
-        submit(nq);
-}
-
-void nbd_send_done(struct nbd_queue *nq, int result)
-{
-    size_t bytes = (size_t)result;
-
-    nq->sending = false;
-    if (result == -EAGAIN || result == -EINTR)
-        bytes = 0;
-    else if (result <= 0) {
-        nbd_broke(nq, result);
-        return;
-    }
-    uint32_t before = nq->send_first;
-
-    while (nq->send_first < nq->send_count && bytes >= nq->send_iov[nq->send_first].iov_len)
-        bytes -= nq->send_iov[nq->send_first++].iov_len;
-    nbd_count_records(nq, (size_t)(result > 0 ? result : 0), nq->send_first - before);
-    if (nq->send_first == nq->send_count || nq->broken)
-        return;
-    nq->send_iov[nq->send_first].iov_base = (uint8_t *)nq->send_iov[nq->send_first].iov_base + bytes;
-    nq->send_iov[nq->send_first].iov_len -= bytes;
-    submit(nq);
+        return (struct nbd_loss){ NBD_GOES_ON, 0 };
+    gather_commands(nq);
+    return nq->send_count ? nq->transport->send(nq) : (struct nbd_loss){ NBD_GOES_ON, 0 };
 }

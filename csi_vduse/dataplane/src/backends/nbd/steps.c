@@ -1,15 +1,16 @@
 /*
- * A virtio-blk request as NBD commands, one after the other: mostly one. More where the server takes smaller payloads, for
- * several extents, and to make data stable for a driver that knows no FLUSH. What the server does not offer is left
- * out (a discard is advice, and without FLUSH there is nothing to flush), or done by other means (zeroes are written).
+ * A virtio-blk request as NBD commands, one after the other: mostly one. More where the server
+ * takes smaller payloads, for several extents, and to make data stable for a driver that knows no
+ * FLUSH. What the server does not offer is left out (a discard is advice, and without FLUSH there
+ * is nothing to flush), or done by other means (zeroes are written).
  *
- * A command is made when it is sent, from how far its request has come: so after a reconnection it fits the server of now.
+ * A command is made when it is sent, from how far its request has come: so after a reconnection it
+ * fits the server of now.
  */
 #include <errno.h>
 #include <linux/virtio_blk.h>
 
-#include "nbd.h"
-#include "../../stats.h"
+#include "exchange.h"
 
 enum { ZEROES_BYTES = 256 * 1024 };
 #define EXTENT_MAX (1ull << 30)
@@ -23,15 +24,18 @@ static bool offers(const struct nbd_queue *nq, enum nbd_flag flag)
 }
 
 /*
- * A driver that cannot send FLUSH counts on what it writes to be stable when it completes (VIRTIO 1.3, 5.2.6.2). One that
- * can does not know of a server that forgets, when it is killed, what was not flushed: decl/engine.h, write_through.
+ * A driver that cannot send FLUSH counts on what it writes to be stable when it completes (VIRTIO
+ * 1.3, 5.2.6.2). One that can does not know of a server that forgets, when it is killed, what was
+ * not flushed: decl/engine.h, write_through.
  */
 static bool must_sync(const struct nbd_queue *nq)
 {
-    return nq->nbd->target.write_through || !(nq->queue->config.features >> VIRTIO_BLK_F_FLUSH & 1);
+    return nq->nbd->target.write_through ||
+           !(vd_queue_config_of(nq->queue)->features >> VIRTIO_BLK_F_FLUSH & 1);
 }
 
-static enum nbd_next command(struct nbd_slot *slot, uint16_t type, uint64_t offset, uint64_t length)
+static enum nbd_next set_command(struct nbd_slot *slot, uint16_t type, uint64_t offset,
+                                 uint64_t length)
 {
     slot->type = type;
     slot->flags = 0;
@@ -48,7 +52,10 @@ static bool is_part(const struct nbd_queue *nq, uint64_t offset, uint64_t left)
     return block > VD_SECTOR_BYTES && (offset % block || left < block);
 }
 
-/* Of a range that begins with a whole block: how much fits, in whole blocks, into a command of at most so many bytes. */
+/*
+ * Of a range that begins with a whole block: how much fits, in whole blocks, into a command of at
+ * most so many bytes.
+ */
 static uint64_t whole(const struct nbd_queue *nq, uint64_t left, uint64_t most)
 {
     uint64_t bytes = at_most(left, most);
@@ -62,7 +69,7 @@ static bool may_change(struct nbd_queue *nq, struct nbd_slot *slot)
     return nq->link.export.min_block <= VD_SECTOR_BYTES || nbd_hold(nq, slot, NBD_SHARED);
 }
 
-static enum nbd_next move(struct nbd_queue *nq, struct nbd_slot *slot)
+static enum nbd_next next_transfer(struct nbd_queue *nq, struct nbd_slot *slot)
 {
     struct vd_request *r = slot->request;
     uint64_t offset = r->offset + r->done, left = r->length - r->done;
@@ -75,8 +82,8 @@ static enum nbd_next move(struct nbd_queue *nq, struct nbd_slot *slot)
         return NBD_BLOCKED;
     slot->iov = r->data;
     slot->iov_count = r->data_count;
-    return command(slot, r->operation == VD_READ ? NBD_READ : NBD_WRITE, offset,
-                   whole(nq, left, nq->link.export.max_payload));
+    return set_command(slot, r->operation == VD_READ ? NBD_READ : NBD_WRITE, offset,
+                       whole(nq, left, nq->link.export.max_payload));
 }
 
 /* The whole blocks in the extent; the rest is left as it is. */
@@ -90,7 +97,7 @@ static enum nbd_next discard(struct nbd_queue *nq, struct nbd_slot *slot, const 
     if (!may_change(nq, slot))
         return NBD_BLOCKED;
     slot->request->done += skip;
-    return command(slot, NBD_TRIM, offset + skip, whole(nq, left - skip, EXTENT_MAX));
+    return set_command(slot, NBD_TRIM, offset + skip, whole(nq, left - skip, EXTENT_MAX));
 }
 
 static enum nbd_next zero(struct nbd_queue *nq, struct nbd_slot *slot, const struct vd_extent *e)
@@ -104,13 +111,14 @@ static enum nbd_next zero(struct nbd_queue *nq, struct nbd_slot *slot, const str
     if (!may_change(nq, slot))
         return NBD_BLOCKED;
     if (offers(nq, NBD_FLAG_WRITE_ZEROES)) {
-        command(slot, NBD_WRITE_ZEROES, offset, whole(nq, left, EXTENT_MAX));
+        set_command(slot, NBD_WRITE_ZEROES, offset, whole(nq, left, EXTENT_MAX));
         slot->flags = e->unmap ? 0 : NBD_CMD_NO_HOLE;
         return NBD_COMMAND;
     }
     slot->iov = &zeroes_iov;
     slot->iov_count = 1;
-    return command(slot, NBD_WRITE, offset, whole(nq, left, at_most(nq->link.export.max_payload, ZEROES_BYTES)));
+    return set_command(slot, NBD_WRITE, offset,
+                       whole(nq, left, at_most(nq->link.export.max_payload, ZEROES_BYTES)));
 }
 
 /* The next command that moves or clears something. */
@@ -119,7 +127,7 @@ static enum nbd_next next_data(struct nbd_queue *nq, struct nbd_slot *slot)
     struct vd_request *r = slot->request;
 
     if (r->operation == VD_READ || r->operation == VD_WRITE)
-        return move(nq, slot);
+        return next_transfer(nq, slot);
     for (; r->step < r->extent_count; r->step++, r->done = 0) {
         const struct vd_extent *e = &r->extents[r->step];
         enum nbd_next next = r->operation == VD_DISCARD ? discard(nq, slot, e) : zero(nq, slot, e);
@@ -145,15 +153,16 @@ enum nbd_next nbd_next_command(struct nbd_queue *nq, struct nbd_slot *slot)
             slot->unstable |= sync && slot->type != NBD_READ;
         return next;
     }
-    if ((r->operation != VD_FLUSH && !slot->unstable) || slot->flushed || !offers(nq, NBD_FLAG_FLUSH))
+    if ((r->operation != VD_FLUSH && !slot->unstable) || slot->flushed ||
+        !offers(nq, NBD_FLAG_FLUSH))
         return NBD_ENDED;
-    return command(slot, NBD_FLUSH, 0, 0);
+    return set_command(slot, NBD_FLUSH, 0, 0);
 }
 
 void nbd_submit(struct vd_queue *q, struct vd_request *r)
 {
-    struct nbd_queue *nq = q->backend;
-    struct nbd_slot *slot = &nq->slots[r - q->requests];
+    struct nbd_queue *nq = vd_queue_backend(q);
+    struct nbd_slot *slot = &nq->slots[vd_request_index(q, r)];
 
     slot->request = r;
     slot->iov = NULL;
@@ -174,8 +183,9 @@ void nbd_finish(struct nbd_queue *nq, struct nbd_slot *slot, int error)
 }
 
 /*
- * Have it tried again if the reason may pass, else tell the driver. A FLUSH is not tried again, and none is believed any more:
- * whoever failed to make something stable may have forgotten it, and succeed the next time for having nothing to do.
+ * Have it tried again if the reason may pass, else tell the driver. A FLUSH is not tried again, and
+ * none is believed any more: whoever failed to make something stable may have forgotten it, and
+ * succeed the next time for having nothing to do.
  */
 static void failed(struct nbd_queue *nq, struct nbd_slot *slot)
 {
@@ -207,7 +217,7 @@ void nbd_command_done(struct nbd_queue *nq, struct nbd_slot *slot)
     struct vd_request *r = slot->request;
     uint64_t bytes;
 
-    vd_count_remote(nq->queue, slot->sent_ns);
+    vd_count_remote(nq->stats, slot->sent_ns, vd_queue_now_ns(nq->queue));
     nbd_unsuspect(nq, slot);
     if (slot->error) {
         failed(nq, slot);

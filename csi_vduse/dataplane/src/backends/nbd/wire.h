@@ -1,6 +1,6 @@
 /*
- * The NBD protocol's numbers and how they lie in memory (NetworkBlockDevice/nbd, doc/proto.md). Everything is big-endian, and
- * nothing is aligned.
+ * The NBD protocol's numbers and how they lie in memory (NetworkBlockDevice/nbd, doc/proto.md).
+ * Everything is big-endian, and nothing is aligned.
  */
 #ifndef VD_NBD_WIRE_H
 #define VD_NBD_WIRE_H
@@ -10,15 +10,15 @@
 
 #include "../../common.h"
 
-#define NBD_MAGIC 0x4e42444d41474943ull          /* NBDMAGIC */
-#define NBD_OPTION_MAGIC 0x49484156454F5054ull   /* IHAVEOPT */
+#define NBD_MAGIC 0x4e42444d41474943ull        /* NBDMAGIC */
+#define NBD_OPTION_MAGIC 0x49484156454F5054ull /* IHAVEOPT */
 #define NBD_OPTION_REPLY_MAGIC 0x3e889045565a9ull
 #define NBD_REQUEST_MAGIC 0x25609513u
 #define NBD_EXTENDED_REQUEST_MAGIC 0x21e41c71u
 #define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
 #define NBD_STRUCTURED_REPLY_MAGIC 0x668e33efu
 #define NBD_EXTENDED_REPLY_MAGIC 0x6e8a278cu
-#define NBD_REPLY_ERROR (1u << 31)               /* of an option */
+#define NBD_REPLY_ERROR (1u << 31) /* of an option */
 #define NBD_CHUNK_ERROR (1u << 15)
 
 enum nbd_handshake_flag { NBD_FIXED_NEWSTYLE = 1, NBD_NO_ZEROES = 2 };
@@ -60,9 +60,21 @@ enum nbd_flag {
     NBD_FLAG_MULTI_CONN = 1 << 8,
 };
 
-enum nbd_command { NBD_READ = 0, NBD_WRITE = 1, NBD_DISCONNECT = 2, NBD_FLUSH = 3, NBD_TRIM = 4, NBD_WRITE_ZEROES = 6 };
+enum nbd_command {
+    NBD_READ = 0,
+    NBD_WRITE = 1,
+    NBD_DISCONNECT = 2,
+    NBD_FLUSH = 3,
+    NBD_TRIM = 4,
+    NBD_WRITE_ZEROES = 6
+};
 
-enum nbd_command_flag { NBD_CMD_FUA = 1, NBD_CMD_NO_HOLE = 2, NBD_CMD_DF = 4, NBD_CMD_PAYLOAD_LENGTH = 32 };
+enum nbd_command_flag {
+    NBD_CMD_FUA = 1,
+    NBD_CMD_NO_HOLE = 2,
+    NBD_CMD_DF = 4,
+    NBD_CMD_PAYLOAD_LENGTH = 32
+};
 
 enum nbd_chunk { NBD_CHUNK_NONE = 0, NBD_CHUNK_DATA = 1, NBD_CHUNK_HOLE = 2 };
 
