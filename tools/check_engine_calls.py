@@ -1,10 +1,9 @@
-"""Which file of the engine calls which, as the linker sees it: that nothing goes round in a circle, and that no name
-is two functions'.
+"""Which file of the engine calls which: in no circle, and with a name for each function.
 
-Each file is compiled by itself. What it needs and another one has (functions and data, by `nm`) is a call from the one to
-the other; a backend's functions that are called through its table alone are not. So every file can be read, and
-tested, with those below it in mind and no others. A name that two static functions share is one that perf, gdb and
-bpftrace cannot tell.
+As the linker sees it: each file is compiled by itself, and what it needs and another one has (functions and data, by
+`nm`) is a call from the one to the other; a backend's functions that are called through its table alone are not. So every
+file can be read, and tested, with those below it in mind and no others. A name that two static functions share is one
+that perf, gdb and bpftrace cannot tell.
 """
 
 from __future__ import annotations

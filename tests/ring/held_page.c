@@ -14,14 +14,13 @@ void hold_page(struct rig *rig, struct held_page *held, uint8_t *page)
 {
     struct uffdio_api api = { .api = UFFD_API };
     struct uffdio_register area = { .mode = UFFDIO_REGISTER_MODE_MISSING };
-    uint64_t contiguous;
 
     held->fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (held->fd < 0 || ioctl(held->fd, UFFDIO_API, &api))
         harness_skip("no userfaultfd");
     held->page = page;
-    held->address = (uint64_t)(uintptr_t)vd_memory_translate(rig->engine->memory, driver_iova(&rig->driver, page), 1, true,
-                                                             &contiguous);
+    held->address =
+        (uint64_t)(uintptr_t)vd_memory_translate_whole(rig->engine->memory, driver_iova(&rig->driver, page), 1, true);
     area.range.start = held->address;
     area.range.len = 4096;
     CHECK(held->address % 4096 == 0);

@@ -157,7 +157,7 @@ void vd_memory_isolate(struct vd_memory *memory)
     }
 }
 
-static const struct vd_mapping *find(const struct vd_memory *memory, uint64_t iova)
+const struct vd_mapping *vd_memory_find(const struct vd_memory *memory, uint64_t iova)
 {
     uint32_t low = 0, high = memory->count;
 
@@ -175,24 +175,14 @@ static const struct vd_mapping *find(const struct vd_memory *memory, uint64_t io
     return NULL;
 }
 
-void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length,
-                          bool write, uint64_t *contiguous)
-{
-    const struct vd_mapping *m = find(memory, iova);
-
-    if (!m || !length || (write && !m->writable))
-        return NULL;
-    *contiguous = length - 1 <= m->last - iova ? length : m->last - iova + 1;
-    return m->address + (iova - m->iova);
-}
-
 void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length,
                                 bool write)
 {
-    uint64_t contiguous;
-    void *address = vd_memory_translate(memory, iova, length, write, &contiguous);
+    const struct vd_mapping *m = vd_memory_find(memory, iova);
 
-    return address && contiguous == length ? address : NULL;
+    if (!m || !length || (write && !m->writable) || length - 1 > m->last - iova)
+        return NULL;
+    return m->address + (iova - m->iova);
 }
 
 /* Put zeros where the page was, if it is in one of the engine's memories; whether it was. */

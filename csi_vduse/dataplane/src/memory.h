@@ -40,13 +40,8 @@ int vd_memory_restore(struct vd_memory *memory);
  */
 void vd_memory_isolate(struct vd_memory *memory);
 
-/*
- * Translate the start of [iova, iova + length). Returns NULL if iova is not mapped, or not writable
- * where that is asked for; otherwise *contiguous is how much of length lies in the same mapping, at
- * least 1.
- */
-void *vd_memory_translate(const struct vd_memory *memory, uint64_t iova, uint64_t length,
-                          bool write, uint64_t *contiguous);
+/* The mapping that an address is in, or NULL. */
+const struct vd_mapping *vd_memory_find(const struct vd_memory *memory, uint64_t iova);
 
 /* Translate all of it in one piece, or NULL. */
 void *vd_memory_translate_whole(const struct vd_memory *memory, uint64_t iova, uint64_t length,

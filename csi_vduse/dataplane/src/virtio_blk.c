@@ -138,7 +138,13 @@ enum vd_verdict vd_blk_begin(const struct vd_disk *disk, uint64_t features, stru
         *error = EINVAL;
         return VD_MALFORMED;
     }
-    take_front(&readable, &readable_count, &header, sizeof(header));
+    if (readable->iov_len == sizeof(header)) { /* as all drivers have it */
+        memcpy(&header, readable->iov_base, sizeof(header));
+        readable++;
+        readable_count--;
+    } else {
+        take_front(&readable, &readable_count, &header, sizeof(header));
+    }
     if (header.type == VIRTIO_BLK_T_IN || header.type == VIRTIO_BLK_T_GET_ID) {
         r->data = writable;
         r->data_count = writable_count;

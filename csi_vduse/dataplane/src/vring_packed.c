@@ -79,7 +79,7 @@ static enum vd_queue_fault add_table(const struct vd_vring *ring, struct vd_chai
                                      uint64_t iova, uint32_t length)
 {
     const struct vring_packed_desc *table = ring->indirect
-                                                ? vd_chain_table(ring->memory, iova, length)
+                                                ? vd_chain_table(chain, ring->memory, iova, length)
                                                 : NULL;
     uint32_t entries = length / sizeof(*table);
 

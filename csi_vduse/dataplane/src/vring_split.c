@@ -91,7 +91,7 @@ static enum vd_queue_fault walk(const struct vd_vring *ring, uint16_t head, stru
             if (indirect || flags & VRING_DESC_F_NEXT)
                 return VD_FAULT_CHAIN;
             indirect = true;
-            table = ring->indirect ? vd_chain_table(ring->memory, iova, length) : NULL;
+            table = ring->indirect ? vd_chain_table(chain, ring->memory, iova, length) : NULL;
             if (!table)
                 return VD_FAULT_CHAIN;
             entries = length / sizeof(*table);
