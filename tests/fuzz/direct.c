@@ -1,6 +1,6 @@
 /*
- * The queue's turns on the fuzzer's own thread. queue.c is included, because a turn is its secret; queue_control.c is
- * compiled with the pthread calls that create, join and wait for a queue's thread renamed to those here.
+ * The queue's turns on the fuzzer's own thread. queue.c is included, because a turn is its secret; queue_control.c and
+ * queue_state.c are compiled with the pthread calls that create, join and wait for a queue's thread renamed to those here.
  *
  * The model, where no address for data reaches the rings: what a turn fetches is what the rings said before it, and what
  * it shows as used is among what was fetched and not shown before. A queue that has drained owes nothing.
