@@ -28,7 +28,10 @@ if ! is_pinned "$program"; then
     # Beside the target, so that the move below is atomic.
     fresh="$(mktemp -d "$bin/.csi-sanity.XXXXXX")"
     trap 'rm -rf "$fresh"' EXIT
-    GOBIN="$fresh" go install "$module/cmd/csi-sanity@$version" >&2
+    # Go waits for a server that says nothing as long as it takes, and goes on where it was.
+    for _ in 1 2 3; do
+        GOBIN="$fresh" timeout 600 go install "$module/cmd/csi-sanity@$version" >&2 && break
+    done
     if ! is_pinned "$fresh/csi-sanity"; then
         echo "build_csi_sanity: $module@$version does not have the checksum $sum; nothing was installed" >&2
         exit 1

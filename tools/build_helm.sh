@@ -28,7 +28,11 @@ if ! is_pinned "$program"; then
     # Beside the target, so that the move below is atomic.
     fresh="$(mktemp -d "$bin/.helm.XXXXXX")"
     trap 'rm -rf "$fresh"' EXIT
-    CGO_ENABLED=0 GOBIN="$fresh" go install -trimpath -ldflags='-s -w' "$module/cmd/helm@$version" >&2
+    # Go waits for a server that says nothing as long as it takes, and goes on where it was.
+    for _ in 1 2 3; do
+        CGO_ENABLED=0 GOBIN="$fresh" timeout 600 \
+            go install -trimpath -ldflags='-s -w' "$module/cmd/helm@$version" >&2 && break
+    done
     if ! is_pinned "$fresh/helm"; then
         echo "build_helm: $module@$version does not have the checksum $sum; nothing was installed" >&2
         exit 1

@@ -20,8 +20,8 @@ BASE = "docker.io/library/debian:trixie-slim"
 NAME = "docker.io/csivduse/csi-vduse"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _DEBIAN = Release("trixie", security=True)
-_BOOTSTRAP_S = 3600.0
-_BUILD_S = 5400.0
+_BOOTSTRAP_S = 900.0
+_BUILD_S = 1500.0
 # What Debian's slim images leave out.
 _SLIM = "".join(
     f"path-exclude /usr/share/{folder}/*\n" for folder in ("doc", "man", "locale", "info", "lintian")
