@@ -168,7 +168,7 @@ static void stop(void)
         return;
     drive_stopping(queue());
     REQUIRE(!vd_queue_stop(engine, 0, PATIENCE_MS));
-    REQUIRE(!load_relaxed(&engine->stats[0].in_flight));
+    REQUIRE(!load_relaxed(&engine->stats[0].of.in_flight));
 }
 
 static void put_desc(uint64_t table, uint32_t index, uint64_t iova, uint32_t length, uint16_t flags, uint16_t next)

@@ -133,7 +133,7 @@ const struct vd_queue_config *vd_queue_config_of(const struct vd_queue *q)
 
 uint32_t vd_queue_index(const struct vd_queue *q)
 {
-    return (uint32_t)(q->stats - q->engine->stats);
+    return q->index;
 }
 
 bool vd_queue_replays(const struct vd_queue *q)

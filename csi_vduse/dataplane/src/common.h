@@ -14,6 +14,7 @@
 #include <time.h>
 
 #define VD_SECTOR_BYTES 512u
+#define VD_CACHE_LINE_BYTES 64
 
 #define load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
 #define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)

@@ -25,9 +25,10 @@ int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
             ops = backends[i];
     if (!ops || !config->max_queues || config->max_queues > VD_QUEUES_MAX)
         return -EINVAL;
-    engine = calloc(1, sizeof(*engine));
+    engine = aligned_alloc(_Alignof(struct vd_engine), sizeof(*engine));
     if (!engine)
         return -ENOMEM;
+    memset(engine, 0, sizeof(*engine));
     engine->config = *config;
     engine->ops = ops;
     engine->disk.capacity_bytes = config->capacity_bytes;
@@ -143,7 +144,7 @@ void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_que
     memset(stats, 0, sizeof(*stats));
     if (index >= VD_QUEUES_MAX)
         return;
-    const uint64_t *from = (const uint64_t *)&engine->stats[index];
+    const uint64_t *from = (const uint64_t *)&engine->stats[index].of;
     uint64_t *to = (uint64_t *)stats;
 
     for (size_t i = 0; i < sizeof(*stats) / sizeof(uint64_t); i++)

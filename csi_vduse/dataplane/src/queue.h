@@ -28,6 +28,7 @@ struct vd_queue {
     struct vd_engine *engine;
     void *backend; /* the backend's own */
     struct vd_queue_config config;
+    uint32_t index;
     struct vd_queue_stats *stats;
     struct vd_vring ring;
     /* where the rings are to be looked for from now on, until the thread has done so */

@@ -17,7 +17,8 @@ struct vd_queue *vd_queue_new(struct vd_engine *engine, uint32_t index,
         return NULL;
     q->engine = engine;
     q->config = *config;
-    q->stats = &engine->stats[index];
+    q->index = index;
+    q->stats = &engine->stats[index].of;
     q->command = config->paused ? VD_PAUSE : VD_RUN;
     q->memory_faults = load_relaxed(&engine->guard.faults);
     q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

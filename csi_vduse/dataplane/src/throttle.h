@@ -15,10 +15,11 @@ struct vd_throttle {
     uint64_t burst_ns;
     /* nanoseconds of one unit, with PRICE_SHIFT fraction bits; 0: no limit */
     uint64_t price[VD_RESOURCES];
-    /* so that the branch of those without limits reads a line that nobody writes */
-    uint8_t apart[64];
-    /* Written by all queues. */
-    uint64_t free_ns[VD_RESOURCES]; /* when all that was granted is paid for */
+    /*
+     * When all that was granted is paid for. Written by all queues: not on the line that those
+     * without limits read.
+     */
+    _Alignas(VD_CACHE_LINE_BYTES) uint64_t free_ns[VD_RESOURCES];
 };
 
 /* Take limits up; every waiting queue has to be woken afterwards, and asks again. */
