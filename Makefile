@@ -16,7 +16,7 @@ IN_EMULATED = LAB=qemu $(BIN)/python -m lab run --timeout 7200 -- $(PYTEST) -p n
 TIMED = start=$$(date +%s); $(1); status=$$?; echo "make: $@ took $$(($$(date +%s) - start)) s"; exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-deps lab-build test-lab test-vm test-power-cut test-emulated test-kernels test-chaos chaos test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-pauses bench-quick bench-publish verify clean
+.PHONY: help deps install lab-deps demo test test-unit test-ring fuzz-deps test-fuzz fuzz test-vhost-user test-deps lab-build test-lab test-vm test-power-cut test-emulated test-kernels test-chaos chaos chaos-power-cuts chaos-deaths test-helm test-sanity cluster-deps cluster-build cluster-up cluster-down demo-kubernetes test-e2e test-cluster test-suite dashboard bench-deps bench bench-pauses bench-quick bench-publish verify clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -103,11 +103,15 @@ test-kernels: chaos-tools ## all that touches the kernel on each: Debian's 6.12 
 		LAB=uml $(BIN)/python -m lab run --timeout 3600 -- $(PYTEST) -p no:cacheprovider tests/vm tests/chaos/vm)
 
 CHAOS_SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
-chaos: chaos-tools ## the same hundreds of times: hours; CHAOS_SEED=N repeats the choices of an earlier run
-	@$(call TIMED,$(PYTEST) --junitxml=$(RESULTS)/$@-power-cut.xml tests/chaos/host --chaos=long \
-			--chaos-seed=$(CHAOS_SEED) && \
-		LAB=$(LAB) $(BIN)/python -m lab run --timeout 28800 -- $(PYTEST) -p no:cacheprovider \
-			tests/chaos/vm --chaos=long --chaos-seed=$(CHAOS_SEED))
+chaos: chaos-tools ## the same hundreds of times: an hour and more; CHAOS_SEED=N repeats the choices of an earlier run
+	@$(call TIMED,$(MAKE) --no-print-directory -j2 chaos-power-cuts chaos-deaths CHAOS_SEED=$(CHAOS_SEED))
+
+LONG = --chaos=long --chaos-seed=$(CHAOS_SEED)
+chaos-power-cuts:
+	@$(PYTEST) tests/chaos/host $(LONG)
+
+chaos-deaths:
+	@LAB=$(LAB) $(BIN)/python -m lab run --timeout 28800 -- $(PYTEST) -p no:cacheprovider tests/chaos/vm $(LONG)
 
 cluster-deps: lab-deps
 	@lab/install-cluster-deps.sh
