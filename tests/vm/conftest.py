@@ -104,12 +104,20 @@ def kernel() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    """The agent that tests share; each leaves no volume behind."""
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
     running = RunningAgent(tmp_path_factory.mktemp("agent"))
     running.start()
     yield running
     assert running.stop() == 0, running.log.read_text()
+
+
+@pytest.fixture
+def shared(_shared: RunningAgent) -> Iterator[RunningAgent]:
+    """The agent that tests share; each leaves no volume behind, and one that fails is cleaned up after."""
+    yield _shared
+    for left in _shared.stub.List(agent_pb2.ListRequest(), timeout=CALL_TIMEOUT_S).attachments:
+        request = agent_pb2.DetachRequest(volume_id=left.volume_id, force=True)
+        _shared.stub.Detach(request, timeout=CALL_TIMEOUT_S)
 
 
 @pytest.fixture

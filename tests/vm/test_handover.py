@@ -81,11 +81,11 @@ def test_killing_the_new_worker_at_any_moment_leaves_one_that_serves(shared: Run
         with verified_writing(path, "--ioengine=libaio", "--iodepth=8"):
             for delay_s in (0.0, 0.05, 0.1, 0.2, 0.4):
                 wait_until(lambda: writes(shared) > 50, "writing")
-                before = inspect(shared).attachment.worker_pid
+                before = _children(shared)
                 call = shared.stub.Handover.future(
                     agent_pb2.HandoverRequest(volume_id="vol-0123456789abcdef"), timeout=CALL_TIMEOUT_S
                 )
-                newcomer = _youngest_worker(shared, but=before)
+                newcomer = _new_worker(shared, before)
                 time.sleep(delay_s)  # moments of a handover, not a condition
                 kill(newcomer)
                 with contextlib.suppress(grpc.RpcError):
@@ -131,14 +131,18 @@ def test_what_is_not_attached_cannot_be_handed_over(shared: RunningAgent):
         hand_over(shared, "vol-none")
 
 
-def _youngest_worker(agent: RunningAgent, *, but: int) -> int:
+def _children(agent: RunningAgent) -> set[int]:
+    """Of its first process, those that are on their way out too."""
+    task = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children")
+    return {int(child) for child in task.read_text().split()}
+
+
+def _new_worker(agent: RunningAgent, before: set[int]) -> int:
     """The process of the worker that a handover forks; it shows by its own session."""
     found: list[int] = []
 
     def appeared() -> bool:
-        task = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children")
-        children = [int(child) for child in task.read_text().split()]
-        found[:] = [child for child in children if child != but and os.getsid(child) == child]
+        found[:] = [child for child in _children(agent) - before if os.getsid(child) == child]
         return bool(found)
 
     wait_until(appeared, "new worker")
