@@ -146,6 +146,17 @@ CASE(the_longest_window_is_what_wakes_cost_a_few_times)
     }
 }
 
+CASE(with_many_requests_under_way_polling_is_shorter)
+{
+    struct vd_pace pace = { .wake_ns = 50 * US };
+    uint64_t now = MS;
+
+    for (int i = 0; i < 100; i++)
+        idle(&pace, VD_WAIT_MANY, &now, 40 * US);
+    CHECK(window(&pace, VD_WAIT_MANY, now) <= 50 * US);
+    CHECK(window(&pace, VD_WAIT_MANY, now) >= 40 * US);
+}
+
 CASE(what_a_wake_costs_is_looked_at_seldom)
 {
     struct vd_pace pace = { 0 };

@@ -4,7 +4,6 @@
 enum {
     POLL_MIN_NS = 10000,
     POLL_MAX_NS = 1000000,
-    WAKES = 4,         /* a window is at most this many times what a wake costs */
     WAKE_NS = 10000,   /* until that is known */
     SAMPLE_NS = 50000, /* a sleep that measures it */
     SAMPLES = 64,      /* one sleep of so many does */
@@ -60,10 +59,11 @@ void vd_pace_interrupted(struct vd_pace *p)
     p->owed = 0;
 }
 
-/* How long a window may become. */
+/* How long the window of this wait may become. */
 static uint32_t poll_max_ns(const struct vd_pace *p)
 {
-    uint32_t ns = WAKES * (p->wake_ns ? p->wake_ns : WAKE_NS);
+    static const uint32_t wakes[VD_WAITS] = { 4, 4, 1 };
+    uint32_t ns = wakes[p->wait] * (p->wake_ns ? p->wake_ns : WAKE_NS);
 
     return ns < 2 * POLL_MIN_NS ? 2 * POLL_MIN_NS : ns < POLL_MAX_NS ? ns : POLL_MAX_NS;
 }

@@ -4,12 +4,13 @@
  *
  * Polling: waking a thread costs more than most requests. A thread that found out that work came
  * soon after it went to sleep polls for a while before the next sleep; one that slept long stops
- * polling. An idle queue sleeps. There are two waits, for the driver's next request and for the
- * backend's answer, and each has a window of its own: one that pays is not closed by another that
+ * polling. An idle queue sleeps. There are several waits, for the driver's next request and for the
+ * backend's answers, and each has a window of its own: one that pays is not closed by another that
  * does not. How long a window may become is what a wake costs here and now, a few times: the
  * processor time that is lost where it does not pay stays in proportion to what is gained where it
- * does. That cost is measured: now and then a thread sleeps until a moment of its own choice, and
- * looks how late it is.
+ * does. With many requests under way it is that once: others have work then, and need processors
+ * for it. What a wake costs is measured: now and then a thread sleeps until a moment of its own
+ * choice, and looks how late it is.
  *
  * Interrupts: one costs more than a request does, and it stops a driver that is busy making
  * requests. Completions are visible in the ring at once, but the interrupt for them waits for
@@ -23,8 +24,11 @@
 
 #include "common.h"
 
-/* What a queue without work waits for. */
-enum vd_wait { VD_WAIT_REQUEST, VD_WAIT_ANSWER, VD_WAITS };
+/* What a queue without work waits for: a request, one of few answers, or one of many. */
+enum vd_wait { VD_WAIT_REQUEST, VD_WAIT_ANSWER, VD_WAIT_MANY, VD_WAITS };
+
+/* That is how many. */
+enum { VD_FEW_IN_FLIGHT = 2 };
 
 struct vd_pace {
     uint32_t poll_ns[VD_WAITS]; /* poll this long before sleeping */

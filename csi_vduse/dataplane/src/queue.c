@@ -319,6 +319,13 @@ static bool has_work(const struct vd_queue *q)
            (!q->without_uring && vd_uring_holds_completions(&q->uring)) || has_completions(q);
 }
 
+static enum vd_wait waits_for(const struct vd_queue *q)
+{
+    if (!q->in_flight)
+        return VD_WAIT_REQUEST;
+    return q->in_flight <= VD_FEW_IN_FLIGHT ? VD_WAIT_ANSWER : VD_WAIT_MANY;
+}
+
 /*
  * Look for work without sleeping for as long as that is likely to pay; true if there is some, or an
  * interrupt was due.
@@ -330,8 +337,7 @@ static bool poll_for_work(struct vd_queue *q, enum vd_command command)
     if (command != VD_RUN || q->fault)
         return false;
     q->now_ns = now_ns();
-    until = vd_pace_poll_until(&q->pace, q->in_flight ? VD_WAIT_ANSWER : VD_WAIT_REQUEST,
-                               q->now_ns);
+    until = vd_pace_poll_until(&q->pace, waits_for(q), q->now_ns);
     while (q->now_ns < until) {
         for (int i = 0; i < POLLS_PER_CLOCK; i++) {
             if (has_work(q)) {
