@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, required=True, help="where the parts write their *.xml")
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="of the Makefile")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or parts of a background job would not heed it
     began = time.time()
     ended = _run_all(_parts(options.directory), options.directory)
     _show(ended, _cases(options.results, since=began))
