@@ -100,7 +100,7 @@ static uint64_t window(struct vd_pace *pace, enum vd_wait wait, uint64_t now)
 
 CASE(polling_grows_with_short_sleeps_and_an_idle_queue_does_not_poll)
 {
-    struct vd_pace pace = { .wake_ns = 50 * US };
+    struct vd_pace pace = { .wake_ns = 100 * US };
     uint64_t now = MS;
 
     CHECK_EQUAL(window(&pace, VD_WAIT_REQUEST, now), 0);

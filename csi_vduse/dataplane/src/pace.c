@@ -59,10 +59,13 @@ void vd_pace_interrupted(struct vd_pace *p)
     p->owed = 0;
 }
 
-/* How long the window of this wait may become. */
+/*
+ * How long the window of this wait may become, in wakes. Longer ones for the driver's requests gain
+ * nothing at a thousand requests a second, and take the whole processor (docs/performance.md).
+ */
 static uint32_t poll_max_ns(const struct vd_pace *p)
 {
-    static const uint32_t wakes[VD_WAITS] = { 4, 4, 1 };
+    static const uint32_t wakes[VD_WAITS] = { 2, 4, 1 };
     uint32_t ns = wakes[p->wait] * (p->wake_ns ? p->wake_ns : WAKE_NS);
 
     return ns < 2 * POLL_MIN_NS ? 2 * POLL_MIN_NS : ns < POLL_MAX_NS ? ns : POLL_MAX_NS;
