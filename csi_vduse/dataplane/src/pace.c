@@ -3,7 +3,10 @@
 
 enum {
     POLL_MIN_NS = 10000,
-    POLL_MAX_NS = 200000,
+    POLL_MAX_NS = 1000000,
+    WAKE_NS = 10000,   /* until that is known */
+    SAMPLE_NS = 50000, /* a sleep that measures it */
+    SAMPLES = 64,      /* one sleep of so many does */
     GAP_MIN_NS = 20000,
     GAP_MAX_NS = 200000,
     GAPS = 3, /* this many times the usual gap without a completion: no more will come */
@@ -56,24 +59,54 @@ void vd_pace_interrupted(struct vd_pace *p)
     p->owed = 0;
 }
 
-uint64_t vd_pace_poll_until(struct vd_pace *p, uint64_t now_ns)
+/*
+ * How long the window of this wait may become, in wakes. Longer ones for the driver's requests gain
+ * nothing at a thousand requests a second, and take the whole processor (docs/performance.md).
+ */
+static uint32_t poll_max_ns(const struct vd_pace *p)
 {
-    if (!p->idle_since_ns)
+    static const uint32_t wakes[VD_WAITS] = { 2, 4, 1 };
+    uint32_t ns = wakes[p->wait] * (p->wake_ns ? p->wake_ns : WAKE_NS);
+
+    return ns < 2 * POLL_MIN_NS ? 2 * POLL_MIN_NS : ns < POLL_MAX_NS ? ns : POLL_MAX_NS;
+}
+
+uint64_t vd_pace_poll_until(struct vd_pace *p, enum vd_wait wait, uint64_t now_ns)
+{
+    if (!p->idle_since_ns) {
         p->idle_since_ns = now_ns;
-    return p->owed ? due_ns(p) : p->idle_since_ns + p->poll_ns;
+        p->wait = wait;
+    }
+    return p->owed ? due_ns(p) : p->idle_since_ns + p->poll_ns[p->wait];
 }
 
 void vd_pace_woke(struct vd_pace *p, bool slept, uint64_t now_ns)
 {
     uint64_t idle_ns = now_ns - p->idle_since_ns;
+    uint32_t *poll_ns = &p->poll_ns[p->wait], max_ns = poll_max_ns(p);
 
     p->idle_since_ns = 0;
     if (!slept)
         return;
-    if (idle_ns > POLL_MAX_NS)
-        p->poll_ns = p->poll_ns > 2 * POLL_MIN_NS ? p->poll_ns / 2 : 0;
+    if (idle_ns > max_ns)
+        *poll_ns = *poll_ns > 2 * POLL_MIN_NS ? *poll_ns / 2 : 0;
+    else if (*poll_ns < POLL_MIN_NS)
+        *poll_ns = POLL_MIN_NS;
     else
-        p->poll_ns = p->poll_ns < POLL_MIN_NS       ? POLL_MIN_NS
-                     : p->poll_ns < POLL_MAX_NS / 2 ? 2 * p->poll_ns
-                                                    : POLL_MAX_NS;
+        *poll_ns = 2 * *poll_ns < max_ns ? 2 * *poll_ns : max_ns;
+}
+
+uint32_t vd_pace_sample_ns(struct vd_pace *p)
+{
+    if (p->wake_ns && ++p->sleeps < SAMPLES)
+        return 0;
+    p->sleeps = 0;
+    return SAMPLE_NS;
+}
+
+void vd_pace_sampled(struct vd_pace *p, uint64_t late_ns)
+{
+    uint32_t ns = late_ns < POLL_MAX_NS ? (uint32_t)late_ns : POLL_MAX_NS;
+
+    p->wake_ns = p->wake_ns ? (7 * p->wake_ns + ns) / 8 : ns ? ns : 1;
 }

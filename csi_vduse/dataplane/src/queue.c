@@ -319,6 +319,13 @@ static bool has_work(const struct vd_queue *q)
            (!q->without_uring && vd_uring_holds_completions(&q->uring)) || has_completions(q);
 }
 
+static enum vd_wait waits_for(const struct vd_queue *q)
+{
+    if (!q->in_flight)
+        return VD_WAIT_REQUEST;
+    return q->in_flight <= VD_FEW_IN_FLIGHT ? VD_WAIT_ANSWER : VD_WAIT_MANY;
+}
+
 /*
  * Look for work without sleeping for as long as that is likely to pay; true if there is some, or an
  * interrupt was due.
@@ -330,7 +337,7 @@ static bool poll_for_work(struct vd_queue *q, enum vd_command command)
     if (command != VD_RUN || q->fault)
         return false;
     q->now_ns = now_ns();
-    until = vd_pace_poll_until(&q->pace, q->now_ns);
+    until = vd_pace_poll_until(&q->pace, waits_for(q), q->now_ns);
     while (q->now_ns < until) {
         for (int i = 0; i < POLLS_PER_CLOCK; i++) {
             if (has_work(q)) {
@@ -361,6 +368,20 @@ static void sleep_by_poll(struct vd_queue *q)
     for (int i = 0; i < 2; i++)
         if (fds[i].revents & POLLIN)
             (void)!read(fds[i].fd, &value, sizeof(value));
+}
+
+/* Sleep until something comes; now and then look on the way what a wake costs. */
+static void sleep_measured(struct vd_queue *q)
+{
+    uint32_t sample_ns = vd_pace_sample_ns(&q->pace);
+    uint64_t until_ns = now_ns() + sample_ns;
+
+    if (sample_ns) {
+        if (!vd_uring_wait_until(&q->uring, until_ns))
+            return;
+        vd_pace_sampled(&q->pace, now_ns() - until_ns);
+    }
+    vd_uring_wait(&q->uring);
 }
 
 /*
@@ -398,7 +419,7 @@ static void rest(struct vd_queue *q, enum vd_command command, bool abandoned)
     else if (!abandoned && load_acquire(&q->engine->abandoned))
         vd_uring_wait_until(&q->uring, now_ns() + LOOK_NS); /* see LOOK_NS */
     else
-        vd_uring_wait(&q->uring);
+        sleep_measured(q);
     vd_pace_woke(&q->pace, true, now_ns());
     if (fetching && !load_relaxed(&q->abandoned))
         vd_vring_disable_kick(&q->ring);

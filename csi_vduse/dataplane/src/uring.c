@@ -104,7 +104,7 @@ void vd_uring_wait(struct io_uring *ring)
     nap(io_uring_submit_and_wait(ring, 1));
 }
 
-void vd_uring_wait_until(struct io_uring *ring, uint64_t until_ns)
+bool vd_uring_wait_until(struct io_uring *ring, uint64_t until_ns)
 {
     uint64_t now = now_ns(), left = until_ns > now ? until_ns - now : 1;
     struct __kernel_timespec timeout = { (int64_t)(left / 1000000000),
@@ -115,5 +115,8 @@ void vd_uring_wait_until(struct io_uring *ring, uint64_t until_ns)
      * How long the kernel waits at most is an argument of the wait: there is no timer that could be
      * left over.
      */
-    nap(io_uring_submit_and_wait_timeout(ring, &cqe, 1, &timeout, NULL));
+    int result = io_uring_submit_and_wait_timeout(ring, &cqe, 1, &timeout, NULL);
+
+    nap(result);
+    return result == -ETIME;
 }

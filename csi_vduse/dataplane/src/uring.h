@@ -23,7 +23,8 @@ void vd_uring_cancel_all(struct io_uring *ring, uint64_t tag);
 
 /* Submit, and sleep until there is a completion; or until the moment (CLOCK_MONOTONIC). */
 void vd_uring_wait(struct io_uring *ring);
-void vd_uring_wait_until(struct io_uring *ring, uint64_t until_ns);
+/* True: it came, and nothing else. */
+bool vd_uring_wait_until(struct io_uring *ring, uint64_t until_ns);
 
 /* The kernel has completions for us that it shows when we enter it next. */
 static inline bool vd_uring_holds_completions(const struct io_uring *ring)
