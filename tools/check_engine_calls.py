@@ -67,7 +67,7 @@ def _calls() -> dict[str, set[str]]:
 def _compile(file: Path, folder: Path) -> tuple[set[str], set[str]]:
     """Names that the file has for others, and those that it needs of them."""
     target = folder / f"{'-'.join(file.relative_to(SOURCE).parts)}.o"
-    subprocess.run(["cc", *COMPILE_ARGS, f"-I{SOURCE}", "-c", "-o", target, file], check=True)
+    subprocess.run(["cc", *COMPILE_ARGS, "-fno-lto", f"-I{SOURCE}", "-c", "-o", target, file], check=True)
     lines = subprocess.run(["nm", "--extern-only", target], check=True, capture_output=True, text=True).stdout
     words = [line.split() for line in lines.splitlines()]
     return {line[-1] for line in words if line[-2] != "U"}, {line[-1] for line in words if line[-2] == "U"}

@@ -179,7 +179,7 @@ void nbd_turn(struct vd_queue *q);
 void nbd_event(struct vd_queue *q, unsigned event, int result);
 
 /* suspect.c */
-/* The server hung up. */
+/* The connection is lost: if the server hung up, whose command made it? */
 void nbd_suspect(struct nbd_queue *nq);
 /* Whether only the oldest command may be on its way. */
 bool nbd_one_by_one(const struct nbd_queue *nq);

@@ -172,8 +172,7 @@ static void take_back(struct nbd_queue *nq)
 static void close_lost(struct nbd_queue *nq)
 {
     nbd_let_go(nq);
-    if (nq->hung_up)
-        nbd_suspect(nq);
+    nbd_suspect(nq);
     take_back(nq);
     nq->state = NBD_DOWN;
     nq->broken = nq->hung_up = false;
