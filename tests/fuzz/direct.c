@@ -1,17 +1,17 @@
 /*
- * The queue's turns on the fuzzer's own thread. queue.c is included, because a turn is its secret; queue_control.c and
- * queue_state.c are compiled with the pthread calls that create, join and wait for a queue's thread renamed to those here.
+ * The queue's turns on the fuzzer's own thread: queue_control.c and queue_state.c are compiled with the pthread calls
+ * that create, join and wait for a queue's thread renamed to those here.
  *
  * The model, where no address for data reaches the rings: what a turn fetches is what the rings said before it, and what
  * it shows as used is among what was fetched and not shown before. A queue that has drained owes nothing.
  */
-#include "queue.c"
-
 #include <linux/virtio_config.h>
 #include <string.h>
 
 #include "drive.h"
 #include "packed.h"
+#include "turn.h"
+#include "uring.h"
 
 enum { TURNS_MAX = 100000, PENDING_MAX = 4 * VD_QUEUE_SIZE_MAX, RING_BYTES = RING_PAGES * PAGE };
 
@@ -123,16 +123,16 @@ static unsigned turn(struct vd_queue *q)
 {
     bool model = world->apart && !world->rings_cut && !blind && !vd_queue_memory_lost(q);
     uint16_t avail = q->ring.next_avail, used = q->ring.published_used;
-    enum vd_command command = read_command(q);
+    enum vd_command command = vd_turn_command(q);
     unsigned work;
 
     if (model)
         look(q);
-    work = begin_turn(q, command);
+    work = vd_turn_begin(q, command);
     if (command != VD_RUN && q->in_flight && !q->held && !io_uring_cq_ready(&q->uring))
         io_uring_submit_and_wait(&q->uring, 1);
     pthread_mutex_lock(&q->lock);
-    work += end_turn(q, command);
+    work += vd_turn_end(q, command);
     if (command != VD_RUN && !q->in_flight)
         vd_queue_set_state(q, command == VD_STOP ? VD_STOPPED : VD_PAUSED);
     pthread_mutex_unlock(&q->lock);
@@ -176,7 +176,7 @@ void drive_started(struct vd_queue *q)
 void drive_kick(struct vd_queue *q)
 {
     for (int i = 0; i < 3; i++) {
-        if (read_command(q) == VD_RUN && !q->stats->fault)
+        if (vd_turn_command(q) == VD_RUN && !q->stats->fault)
             vd_vring_disable_kick(&q->ring);
         if (!turn(q) && !q->stats->fault)
             (void)vd_vring_enable_kick(&q->ring);
@@ -195,11 +195,11 @@ int fuzz_thread_create(pthread_t *thread, const pthread_attr_t *attributes, void
     (void)run;
     queue = argument;
     if (!uring_open)
-        REQUIRE(open_uring(queue));
+        REQUIRE(!vd_uring_open(&queue->uring, VD_QUEUE_SIZE_MAX));
     else
         queue->uring = uring;
     uring_open = true;
-    REQUIRE(open_backend(queue));
+    REQUIRE(!queue->engine->ops->queue_open || !queue->engine->ops->queue_open(queue));
     vd_queue_set_state(queue, VD_RUNNING);
     return 0;
 }

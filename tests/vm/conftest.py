@@ -104,7 +104,7 @@ def kernel() -> None:
 
 
 @pytest.fixture(scope="session")
-def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
     running = RunningAgent(tmp_path_factory.mktemp("agent"))
     running.start()
     yield running
@@ -112,12 +112,12 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
 
 
 @pytest.fixture
-def shared(_shared: RunningAgent) -> Iterator[RunningAgent]:
+def shared(shared_agent: RunningAgent) -> Iterator[RunningAgent]:
     """The agent that tests share; each leaves no volume behind, and one that fails is cleaned up after."""
-    yield _shared
-    for left in _shared.stub.List(agent_pb2.ListRequest(), timeout=CALL_TIMEOUT_S).attachments:
+    yield shared_agent
+    for left in shared_agent.stub.List(agent_pb2.ListRequest(), timeout=CALL_TIMEOUT_S).attachments:
         request = agent_pb2.DetachRequest(volume_id=left.volume_id, force=True)
-        _shared.stub.Detach(request, timeout=CALL_TIMEOUT_S)
+        shared_agent.stub.Detach(request, timeout=CALL_TIMEOUT_S)
 
 
 @pytest.fixture

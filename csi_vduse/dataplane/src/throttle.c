@@ -9,7 +9,7 @@
  * than any burst waits its turn and passes like another. That a sleeper wakes late costs nothing,
  * as long as it is less than the burst: the moment does not move for it.
  *
- * A request that has to wait is held by its queue (queue.c), one at most, with its tokens taken;
+ * A request that has to wait is held by its queue (turn.c), one at most, with its tokens taken;
  * all others stay in the driver's ring. A change of limits forgives all debts, and held requests
  * ask again.
  *

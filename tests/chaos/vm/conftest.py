@@ -11,9 +11,9 @@ import pytest
 
 from lab.paths import CHECKOUT
 from tests.chaos.vm import kernel_log
-from tests.vm.conftest import RunningAgent, kernel, leaves_nothing, shared
+from tests.vm.conftest import RunningAgent, kernel, leaves_nothing, shared, shared_agent
 
-__all__ = ["kernel", "shared"]
+__all__ = ["kernel", "shared", "shared_agent"]
 
 TOOLS = CHECKOUT / ".cache/chaos"
 

@@ -1,6 +1,6 @@
 /*
- * From whom to connect to, to a connection that can serve the volume: a socket, the protocol's
- * handshake, and whether what the server says of its export is what is needed.
+ * From whom to connect to, to a connection: a socket, the protocol's handshake; and whether what
+ * the server says of its export is what the volume needs.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -14,8 +14,8 @@ static uint32_t block_of(uint32_t min_block)
     return min_block > VD_SECTOR_BYTES ? min_block : VD_SECTOR_BYTES;
 }
 
-/* Whether an export can serve what the driver was told; 0 or -errno. */
-static int check_fit(const struct nbd_needs *needs, const struct nbd_export *e, char *reason)
+int nbd_check_fit(const struct nbd_needs *needs, const struct nbd_export *e,
+                  char reason[NBD_REASON_BYTES])
 {
     if (e->size_bytes < needs->size_bytes) {
         snprintf(reason, NBD_REASON_BYTES, "the export has %llu bytes, the volume needs %llu",
@@ -64,8 +64,6 @@ static int connect_once(const struct nbd_attempt *attempt, uint64_t timeout_ms,
         return error == -ECANCELED ? error : -ECONNREFUSED;
     error = nbd_negotiate(&s, attempt->target, &link->export, reason);
     nbd_close_keys(&s);
-    if (!error)
-        error = check_fit(&attempt->needs, &link->export, reason);
     link->fd = s.fd;
     link->ssl = s.ssl;
     link->tls = s.ssl;

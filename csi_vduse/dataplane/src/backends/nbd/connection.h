@@ -88,12 +88,14 @@ struct nbd_attempt {
     const struct nbd_target *target;
     int cancel_fd; /* readable: give up */
     bool *any_tls; /* as in nbd_stream, since it was found to be needed */
-    struct nbd_needs needs;
 };
 
-/* connect.c: 0 with a connection that can serve what is needed, or -errno. */
+/* connect.c: 0 with a connection, or -errno. */
 int nbd_connect(const struct nbd_attempt *attempt, uint64_t timeout_ms, struct nbd_link *link,
                 char reason[NBD_REASON_BYTES]);
+/* Whether an export can serve what the driver was told: 0 or -errno. */
+int nbd_check_fit(const struct nbd_needs *needs, const struct nbd_export *e,
+                  char reason[NBD_REASON_BYTES]);
 
 /* dial.c: the stream's descriptor, deadline and, for TLS, keys and what the kernel can. */
 int nbd_dial_here(struct nbd_stream *s, const struct nbd_target *target, uint64_t timeout_ns,

@@ -32,18 +32,33 @@ enum {
     ATTEMPT_MS = 10000,
 };
 
+/* Whether it can serve what the driver has been told by now; 0 or -errno. */
+static int check_link(struct nbd *n, const struct nbd_link *link, char reason[NBD_REASON_BYTES])
+{
+    struct nbd_needs needs;
+
+    pthread_mutex_lock(&n->lock);
+    needs = (struct nbd_needs){ n->needed_bytes, n->export.min_block, n->config.max_queues,
+                                !n->config.read_only };
+    pthread_mutex_unlock(&n->lock);
+    return nbd_check_fit(&needs, &link->export, reason);
+}
+
 int nbd_connect_now(struct nbd *n, uint64_t timeout_ms, struct nbd_link *link,
                     char reason[NBD_REASON_BYTES])
 {
     struct nbd_attempt attempt = { .target = &n->target,
                                    .cancel_fd = n->cancel_fd,
                                    .any_tls = &n->any_tls };
+    int error = nbd_connect(&attempt, timeout_ms, link, reason);
 
-    pthread_mutex_lock(&n->lock);
-    attempt.needs = (struct nbd_needs){ n->needed_bytes, n->export.min_block, n->config.max_queues,
-                                        !n->config.read_only };
-    pthread_mutex_unlock(&n->lock);
-    return nbd_connect(&attempt, timeout_ms, link, reason);
+    if (error)
+        return error;
+    /* not before: the volume may have grown while it connected */
+    error = check_link(n, link, reason);
+    if (error)
+        nbd_leave(link, 0);
+    return error;
 }
 
 static void set_status(struct nbd *n, enum vd_backend_state state, const char *reason)
