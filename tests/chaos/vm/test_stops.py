@@ -109,7 +109,10 @@ def test_worker_killed_for_want_of_memory(shared: RunningAgent, folder: Path, di
         for volume in volumes:
             events.wait_for_writes(shared, volume.id)
         pids = [events.worker_of(shared, volume.id) for volume in volumes]
-        with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as bystander:
+        waits = [sys.executable, "-S", "-c", "print(flush=True); input()"]
+        with subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bystander:
+            assert bystander.stdout
+            bystander.stdout.readline()  # before that its memory may be ours still: vfork
             _prefer(bystander.pid)
             _run_out_of_memory()
             assert bystander.wait(60) == -signal.SIGKILL
