@@ -13,7 +13,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from csi_vduse import log
@@ -23,10 +23,11 @@ from csi_vduse.agent.store import Store
 from csi_vduse.agent.workers import Worker, WorkerSource
 from csi_vduse.config import AgentConfig, check_socket_path
 from csi_vduse.dataplane import backend_spec, inflight, throttle
-from csi_vduse.dataplane.backend_spec import ErrorBackend, NbdBackend
+from csi_vduse.dataplane.backend_spec import ErrorBackend, NbdBackend, VhostUserBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
 from csi_vduse.vdpa.model import Bus, BusDevice
 from csi_vduse.vdpa.sysfs import Sysfs
@@ -103,9 +104,10 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         AlreadyExists: a device of this name exists that is not ours.
         DataLoss: there is a record of it that cannot be read, for example of a later release.
         InvalidArgument: impossible geometry.
+        NotFound, Unavailable, ProtocolError: a vhost-user server is not there, or not what it should be.
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
-    geometry, name = device_spec(spec), spec.device_name
+    geometry, name = await _shown(device_spec(spec), spec), spec.device_name
     if problem := node.kernel.problem():
         raise FailedPrecondition(f"no volume can be served on this node: {problem}")
     check_socket_path(node.store.control_path(name))
@@ -140,6 +142,33 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         undo.pop_all()
         return attachment, worker
     raise AssertionError("unreachable: an AsyncExitStack of ours swallows no exception")
+
+
+async def _shown(geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
+    """Have the device show what its vhost-user server shows, if it is served by one.
+
+    Raises:
+        NotFound, PermissionDenied, Unavailable, DeadlineExceeded, ProtocolError: as frontend.probe says.
+        FailedPrecondition: the server does not fit what is asked for.
+    """
+    if not isinstance(spec.backend, VhostUserBackend):
+        return geometry
+    offer = await asyncio.to_thread(frontend.probe, spec.backend.socket)
+    offer.check(read_only=spec.read_only, without_flush=spec.backend.without_flush)
+    asked = (spec.capacity_bytes, spec.block_size_bytes, spec.queues)
+    found = (offer.capacity_bytes, offer.block_size_bytes, offer.queues)
+    if asked[0] > found[0] or asked[1] != found[1] or asked[2] > found[2]:
+        raise FailedPrecondition(
+            f"the server at {spec.backend.socket} has {found[0]} bytes in blocks of {found[1]} and {found[2]} queues; "
+            f"{asked[0]} in blocks of {asked[1]} and {asked[2]} queues are asked for"
+        )
+    if spec.throttle != UNLIMITED or spec.packed:
+        raise FailedPrecondition(
+            "limits and packed rings are not for a volume that a vhost-user server serves",
+            hint="limit it there",
+        )
+    shown = offer.device_features(spec.queues), offer.device_config(spec.queues, spec.capacity_bytes)
+    return replace(geometry, shown=shown)
 
 
 async def while_served(
@@ -269,7 +298,7 @@ def _start_arguments(node: Node, attachment: Attachment) -> dict[str, Any]:
         "queue_size": spec.queue_size,
         "block_size_bytes": spec.block_size_bytes,
         "packed": spec.packed,
-        "inflight": asdict(_log_identity(node, spec)),
+        "inflight": _log_identity(node, spec).to_json(),
     }
 
 
@@ -296,7 +325,8 @@ async def set_capacity(node: Node, worker: Worker, capacity_bytes: int) -> None:
 
 def _log_identity(node: Node, spec: AttachSpec) -> LogIdentity:
     folder = node.sysfs.vduse_dir(spec.device_name)
-    return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size)
+    server = isinstance(spec.backend, VhostUserBackend)
+    return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size, server=server)
 
 
 def set_msg_timeout(node: Node, spec: AttachSpec) -> None:

@@ -13,7 +13,14 @@ import grpc
 
 from csi_vduse import errors
 from csi_vduse.agent.model import Attachment, AttachSpec, OperationStats, RemoteStats, State, VolumeStats
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NbdTls, NullBackend
+from csi_vduse.dataplane.backend_spec import (
+    BackendSpec,
+    FileBackend,
+    NbdBackend,
+    NbdTls,
+    NullBackend,
+    VhostUserBackend,
+)
 from csi_vduse.dataplane.throttle import DEFAULT_BURST_S, Throttle
 from csi_vduse.errors import InvalidArgument, VduseError
 from csi_vduse.proto import agent_pb2
@@ -53,6 +60,9 @@ def backend_to_wire(backend: BackendSpec) -> agent_pb2.Backend:
             return agent_pb2.Backend(nbd=nbd)
         case NullBackend():
             return agent_pb2.Backend(null=agent_pb2.NullBackend())
+        case VhostUserBackend(socket, without_flush):
+            vhost_user = agent_pb2.VhostUserBackend(socket=str(socket), without_flush=without_flush)
+            return agent_pb2.Backend(vhost_user=vhost_user)
 
 
 def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
@@ -72,7 +82,12 @@ def backend_from_wire(message: agent_pb2.Backend) -> BackendSpec:
             return NbdBackend(message.nbd.uri, tls, message.nbd.write_through, message.nbd.control)
         case "null":
             return NullBackend()
-    raise InvalidArgument("the request names no backend", hint="file, nbd or null")
+        case "vhost_user":
+            socket = Path(message.vhost_user.socket)
+            if not socket.is_absolute():
+                raise InvalidArgument(f"vhost-user socket {message.vhost_user.socket!r} is not absolute")
+            return VhostUserBackend(socket, message.vhost_user.without_flush)
+    raise InvalidArgument("the request names no backend", hint="file, nbd, vhost_user or null")
 
 
 def _tls_to_wire(tls: NbdTls | None) -> agent_pb2.NbdTls | None:

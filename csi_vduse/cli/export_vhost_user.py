@@ -13,10 +13,12 @@ from dataclasses import replace
 
 from csi_vduse.agent.agent import default_queues
 from csi_vduse.cli.options import parse_backend, throttle_of, usable_bytes
+from csi_vduse.dataplane.backend_spec import VhostUserBackend
 from csi_vduse.dataplane.config_space import SECTOR_BYTES
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.vhost_user.server import Server
+from csi_vduse.errors import InvalidArgument
 
 # QEMU's default for vhost-user-blk-pci. A driver may send requests as large as seg_max, which follows from this,
 # says, and QEMU hands that on to a guest whatever its own queue-size is: so the smaller number is the safe one.
@@ -26,6 +28,10 @@ _DEFAULT_QUEUE_SIZE = 128
 def run(options: argparse.Namespace) -> int:
     """Serve until SIGTERM."""
     backend, size_bytes = parse_backend(options.backend)
+    if isinstance(backend, VhostUserBackend):
+        raise InvalidArgument(
+            "a vhost-user server needs no other in front of it", hint="let QEMU connect to it"
+        )
     spec = DeviceSpec(
         name=options.name,
         capacity_bytes=options.block_size or SECTOR_BYTES,  # until the backend is open

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from csi_vduse import log
+from csi_vduse.agent.agent import default_queues
 from csi_vduse.agent.model import AttachSpec
 from csi_vduse.config import DEFAULT_RUN_DIR, AgentConfig, parse_size
 from csi_vduse.dataplane import nbd_config, nbd_uri
-from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend, NbdBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import (
+    BackendSpec,
+    FileBackend,
+    NbdBackend,
+    NullBackend,
+    VhostUserBackend,
+)
 from csi_vduse.dataplane.config_space import SECTOR_BYTES
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.errors import InvalidArgument
 from csi_vduse.vdpa.model import Bus
 
@@ -68,7 +76,7 @@ def agent_config(options: argparse.Namespace) -> AgentConfig:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Options that describe a device and what it serves."""
     parser.add_argument("--bus", type=Bus, choices=list(Bus), default=Bus.VIRTIO)
-    parser.add_argument("--backend", required=True, metavar="file:PATH|NBD-URI|null:SIZE")
+    parser.add_argument("--backend", required=True, metavar="file:PATH|NBD-URI|vhost-user:SOCKET|null:SIZE")
     parser.add_argument("--queues", type=int, default=0, help="0: a default for this machine")
     parser.add_argument("--queue-size", type=int, default=0, help="a power of two; 0: the default")
     parser.add_argument("--block-size", type=int, default=0, help="bytes; 0: 512")
@@ -113,22 +121,30 @@ def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
     if isinstance(backend, NbdBackend):
         found = nbd_config.probe(backend, timeout_s=_SERVER_TIMEOUT_S)
         size_bytes, said_bytes = found.size_bytes, found.said_bytes
+    queues, block_size_bytes = options.queues, options.block_size
+    if isinstance(backend, VhostUserBackend):
+        offer = frontend.probe(backend.socket)
+        size_bytes = said_bytes = offer.capacity_bytes
+        queues = queues or min(default_queues(), offer.queues)
+        block_size_bytes = block_size_bytes or offer.block_size_bytes
     return AttachSpec(
         volume_id=volume_id,
         backend=backend,
-        capacity_bytes=usable_bytes(size_bytes, options.block_size or SECTOR_BYTES, said_bytes=said_bytes),
+        capacity_bytes=usable_bytes(size_bytes, block_size_bytes or SECTOR_BYTES, said_bytes=said_bytes),
         bus=options.bus,
         read_only=options.read_only,
-        queues=options.queues,
+        queues=queues,
         queue_size=options.queue_size,
-        block_size_bytes=options.block_size,
+        block_size_bytes=block_size_bytes,
         packed=options.packed,
         throttle=throttle_of(options),
     )
 
 
 def parse_backend(text: str) -> tuple[BackendSpec, int]:
-    """Return the backend and its size in bytes, for `file:PATH`, `null:SIZE` or an NBD URI: 0, its server knows.
+    """Return the backend and its size in bytes: 0 where its server knows it.
+
+    text: `file:PATH`, `null:SIZE`, an NBD URI, or `vhost-user:SOCKET`, perhaps with `,without-flush`.
 
     Raises:
         InvalidArgument: none of them, or the file cannot be looked at.
@@ -136,6 +152,10 @@ def parse_backend(text: str) -> tuple[BackendSpec, int]:
     kind, _, rest = text.partition(":")
     if kind.lower().startswith("nbd"):
         return NbdBackend(*nbd_uri.parse_with_tls(text)), 0
+    if kind == "vhost-user" and rest:
+        socket, _, option = rest.partition(",")
+        if option in {"", "without-flush"}:
+            return VhostUserBackend(Path(socket).absolute(), without_flush=bool(option)), 0
     if kind == "null" and rest:
         return NullBackend(), parse_size(rest)
     if kind == "file" and rest:
@@ -145,7 +165,7 @@ def parse_backend(text: str) -> tuple[BackendSpec, int]:
                 return FileBackend(path), file.seek(0, 2)
         except OSError as error:
             raise InvalidArgument(f"backend file {path}: {error.strerror}") from error
-    raise InvalidArgument(f"backend {text!r} is not file:PATH, null:SIZE or an NBD URI")
+    raise InvalidArgument(f"backend {text!r} is not file:PATH, null:SIZE, vhost-user:SOCKET or an NBD URI")
 
 
 def usable_bytes(size_bytes: int, block_size_bytes: int, *, said_bytes: int) -> int:

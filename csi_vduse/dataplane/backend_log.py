@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from csi_vduse import log
 from csi_vduse.dataplane.engine import Engine, Failure
+from csi_vduse.dataplane.vhost_user.relay import Relay
 
 
 class BackendLog:
@@ -20,12 +21,12 @@ class BackendLog:
         self._waited = 0
         self._connection = ("connected", "")
 
-    def tell(self, engine: Engine) -> None:
+    def tell(self, engine: Engine | Relay) -> None:
         """Log what is new."""
         self._tell_requests(engine)
         self._tell_connection(engine)
 
-    def _tell_requests(self, engine: Engine) -> None:
+    def _tell_requests(self, engine: Engine | Relay) -> None:
         newest = engine.failure()
         if newest is None:
             return
@@ -40,7 +41,7 @@ class BackendLog:
             )
         self._failed, self._waited = newest.count, newest.waits
 
-    def _tell_connection(self, engine: Engine) -> None:
+    def _tell_connection(self, engine: Engine | Relay) -> None:
         status = engine.backend_status()
         if status is None or (status.state, status.reason) == self._connection:
             return

@@ -10,7 +10,16 @@ from csi_vduse.dataplane import nbd_uri
 from csi_vduse.dataplane.nbd_uri import NbdTls
 from csi_vduse.errors import InvalidArgument
 
-__all__ = ["BackendSpec", "FileBackend", "NbdBackend", "NbdTls", "NullBackend", "from_json", "to_json"]
+__all__ = [
+    "BackendSpec",
+    "FileBackend",
+    "NbdBackend",
+    "NbdTls",
+    "NullBackend",
+    "VhostUserBackend",
+    "from_json",
+    "to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,26 @@ class NbdBackend:
 
 
 @dataclass(frozen=True)
+class VhostUserBackend:
+    """A vhost-user-blk server, which works on the driver's rings by itself.
+
+    Args:
+        socket: where it listens; absolute path.
+        without_flush: it writes through, and need not be able to flush.
+    """
+
+    socket: Path
+    without_flush: bool = False
+
+
+@dataclass(frozen=True)
 class ErrorBackend:
     """Every request fails at once. No attachment has it: the device of one that is forced to go is served with it."""
 
 
-BackendSpec = FileBackend | NbdBackend | NullBackend
+# What the engine serves from; a vhost-user server is served to.
+EngineBackend = FileBackend | NbdBackend | NullBackend | ErrorBackend
+BackendSpec = FileBackend | NbdBackend | NullBackend | VhostUserBackend
 ServedBackend = BackendSpec | ErrorBackend
 
 
@@ -73,6 +97,8 @@ def to_json(spec: ServedBackend) -> dict[str, Any]:
             }
         case NullBackend():
             return {"kind": "null"}
+        case VhostUserBackend(socket, without_flush):
+            return {"kind": "vhost-user", "socket": str(socket), "without_flush": without_flush}
         case ErrorBackend():
             return {"kind": "error"}
 
@@ -92,6 +118,10 @@ def from_json(value: dict[str, Any]) -> ServedBackend:
             return NbdBackend(uri, nbd_uri.tls_from_json(tls), write_through, control)
         case {"kind": "null"}:
             return NullBackend()
+        case {"kind": "vhost-user", "socket": str(socket), "without_flush": bool(without_flush)} if Path(
+            socket
+        ).is_absolute():
+            return VhostUserBackend(Path(socket), without_flush)
         case {"kind": "error"}:
             return ErrorBackend()
     raise InvalidArgument(

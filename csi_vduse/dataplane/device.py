@@ -58,7 +58,10 @@ _DESTROY_RETRY_S = 0.05
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """What a device shows to its driver; fixed at creation but for the capacity."""
+    """What a device shows to its driver; fixed at creation but for the capacity.
+
+    shown: feature bits and configuration space of a server, in place of ours.
+    """
 
     name: str
     capacity_bytes: int
@@ -68,6 +71,7 @@ class DeviceSpec:
     read_only: bool = False
     discard: bool = True
     packed: bool = False
+    shown: tuple[int, bytes] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the kernel or a driver would refuse later and less clearly."""
@@ -100,12 +104,16 @@ class DeviceSpec:
     @property
     def features(self) -> int:
         """Feature bits offered to the driver."""
+        if self.shown:
+            return self.shown[0]
         return config_space.features(
             queues=self.queues, read_only=self.read_only, discard=self.discard, packed=self.packed
         )
 
     def config(self) -> bytes:
         """Encode the virtio-blk configuration space."""
+        if self.shown:
+            return self.shown[1]
         return config_space.encode(
             capacity_bytes=self.capacity_bytes,
             block_size_bytes=self.block_size_bytes,

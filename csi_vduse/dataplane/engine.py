@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from csi_vduse.dataplane import nbd_config
 from csi_vduse.dataplane._engine import ffi, lib
-from csi_vduse.dataplane.backend_spec import ErrorBackend, FileBackend, NbdBackend, NullBackend, ServedBackend
+from csi_vduse.dataplane.backend_spec import EngineBackend, ErrorBackend, FileBackend, NbdBackend, NullBackend
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     FailedPrecondition,
@@ -150,10 +150,12 @@ class Engine:
         Unavailable: another worker holds the image; the server does not answer.
     """
 
+    fences: Final = True  # what is abandoned cannot reach the driver's memory any more
+
     def __init__(
         self,
         *,
-        backend: ServedBackend,
+        backend: EngineBackend,
         capacity_bytes: int,
         block_size_bytes: int,
         max_queues: int,

@@ -15,10 +15,11 @@ import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from csi_vduse import __version__
 from csi_vduse.dataplane.engine import inflight_bytes
+from csi_vduse.dataplane.vhost_user.protocol import Inflight
 from csi_vduse.errors import DataLoss
 
 VERSION: Final = 1  # in which logs are made
@@ -34,22 +35,43 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class LogIdentity:
-    """Whose log it is; instance: the kernel's number of the device's sysfs folder, which no two devices share."""
+    """Whose log it is.
+
+    Args:
+        boot_id: of the kernel.
+        instance: its number of the device's sysfs folder, which no two devices share.
+        queues: that the device has.
+        queue_size: of each, at most.
+        server: a vhost-user server keeps it, of split rings; not the engine.
+    """
 
     boot_id: str
     instance: int
     queues: int
     queue_size: int
+    server: bool = False
 
     @classmethod
-    def of(cls, device: Path, *, queues: int, queue_size: int) -> LogIdentity:
+    def of(cls, device: Path, *, queues: int, queue_size: int, server: bool) -> LogIdentity:
         """Return the identity of the device whose sysfs folder this is."""
-        return cls(_BOOT_ID.read_text().strip(), device.stat().st_ino, queues, queue_size)
+        return cls(_BOOT_ID.read_text().strip(), device.stat().st_ino, queues, queue_size, server)
 
     @property
     def part_bytes(self) -> int:
-        """How large a queue's part is, whatever format its driver chooses."""
-        return max(inflight_bytes(self.queue_size, packed=packed) for packed in (False, True))
+        """How large a queue's part is, whatever format its driver chooses; a server finds it by its own computing."""
+        return max(inflight_bytes(self.queue_size, packed=packed) for packed in {False, not self.server})
+
+    @property
+    def place(self) -> Inflight:
+        """Where the parts are, for a server that keeps the log."""
+        return Inflight(self.queues * self.part_bytes, _HEAD_BYTES, self.queues, self.queue_size, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Encode; LogIdentity(**value) decodes. What earlier releases do not know is there only where it is so."""
+        value = asdict(self)
+        if not self.server:
+            del value["server"]
+        return value
 
 
 def create(path: Path, identity: LogIdentity) -> None:
@@ -58,7 +80,7 @@ def create(path: Path, identity: LogIdentity) -> None:
     Raises:
         FileExistsError: there is one.
     """
-    head = json.dumps({"version": VERSION, **asdict(identity)}).encode()
+    head = json.dumps({"version": VERSION, **identity.to_json()}).encode()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, _HEAD_BYTES + identity.queues * identity.part_bytes)
@@ -90,7 +112,7 @@ class InflightLog:
                 f"the in-flight log is of version {version}, and this is csi-vduse {__version__}, which does not read it",
                 hint="another release made the volume's device: serve it with that one, or detach it there first",
             )
-        wanted = {"version": version, **asdict(identity)}
+        wanted = {"version": version, **identity.to_json()}
         if found != wanted:
             raise DataLoss(
                 f"the in-flight log is not of this device: {found} instead of {wanted}",

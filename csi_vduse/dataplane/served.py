@@ -21,6 +21,7 @@ from csi_vduse.dataplane import config_space, messages
 from csi_vduse.dataplane.device import VQ_INJECT_IRQ, Device, DeviceSpec, IotlbEntry
 from csi_vduse.dataplane.engine import Engine, QueueAddress, Region, is_kernels_own
 from csi_vduse.dataplane.inflight import InflightLog
+from csi_vduse.dataplane.vhost_user.relay import Relay
 from csi_vduse.errors import DeadlineExceeded, DeviceBroken, VduseError
 
 DRAIN_TIMEOUT_S: Final = 5.0
@@ -35,7 +36,7 @@ class ServedDevice:
 
     Args:
         device: open, not yet on the bus; its queues are set up here.
-        engine: ready, without queues.
+        engine: ready, without queues; or who serves them in its place.
         spec: what the device was created with.
         inflight: the device's log.
         resume: another worker served the device before and died; what it had in flight is replayed first.
@@ -47,7 +48,7 @@ class ServedDevice:
     def __init__(
         self,
         device: Device,
-        engine: Engine,
+        engine: Engine | Relay,
         spec: DeviceSpec,
         inflight: InflightLog,
         *,
@@ -219,7 +220,9 @@ class ServedDevice:
 
     def _set_status(self, request_id: int, status: int) -> None:
         if status == 0:
-            self._stop_queues()
+            if not self._stop_queues() and not self.engine.fences:
+                self._give_up("its server may still be at the driver's memory: the reset cannot be answered")
+                return
             self._inflight.begin(0)
             self.status = self.features = 0
             self._resumed = False
@@ -254,10 +257,13 @@ class ServedDevice:
             self.start_ready_queue(index)
         self._log.info("driver ready", features=hex(self.features), queues=len(self._started))
 
-    def _stop_queues(self) -> None:
+    def _stop_queues(self) -> bool:
+        """Stop all; False if requests had to be abandoned."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        drained = True
         for index in self._started:
             if not self.engine.stop_queue(index, max(_LEAST_DRAIN_S, deadline - time.monotonic())):
+                drained = False
                 self._log.error(
                     "requests abandoned: the backend did not finish them before the reset", queue=index
                 )
@@ -266,6 +272,7 @@ class ServedDevice:
             os.close(fd)
         self._kick_fds.clear()
         self.engine.set_regions([])
+        return drained
 
     def _pause(self) -> bool:
         deadline = time.monotonic() + DRAIN_TIMEOUT_S

@@ -24,14 +24,15 @@ from typing import Any
 import structlog
 
 from csi_vduse import log
-from csi_vduse.dataplane import backend_spec, channel, jail, throttle, versions
+from csi_vduse.dataplane import backend_spec, broker, channel, jail, throttle, versions
 from csi_vduse.dataplane.backend_log import BackendLog, tell_fault
-from csi_vduse.dataplane.backend_spec import NbdBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import EngineBackend, NbdBackend, NullBackend, VhostUserBackend
 from csi_vduse.dataplane.broker import Broker, fork_broker
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
+from csi_vduse.dataplane.vhost_user.relay import Relay, ServerLog
 from csi_vduse.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -159,11 +160,12 @@ class Worker:
         (log_fd,) = fds
         InflightLog(log_fd, LogIdentity(**message["inflight"]))
         # Whoever serves the device holds the backend: what counts is that it is there. Servers are heard in jail only.
-        if not isinstance(backend_spec.from_json(message["backend"]), NbdBackend):
+        backend = backend_spec.from_json(message["backend"])
+        if not isinstance(backend, (NbdBackend, VhostUserBackend)):
             with contextlib.suppress(Unavailable):
-                self._engine(message).close()
+                self._engine(message, backend).close()
         # A worker shares its pages with the spawner until it writes to them: what a start copies is copied now.
-        self._engine({**message, "backend": backend_spec.to_json(NullBackend())}).close()
+        self._engine(message, NullBackend()).close()
 
     def _start(self, message: channel.Message, fds: list[int]) -> None:
         if self._served is not None:
@@ -177,16 +179,24 @@ class Worker:
         structlog.contextvars.bind_contextvars(volume_id=message.get("volume_id", message["serial"]))
         spec, backend = _device_spec(message), backend_spec.from_json(message["backend"])
         device_fd, log_fd = fds
-        if isinstance(backend, NbdBackend):
-            self._hire(fork_broker(backend))
+        identity = LogIdentity(**message["inflight"])
+        if isinstance(backend, (NbdBackend, VhostUserBackend)):
+            hired = fork_broker(backend)
+            self._hire(hired)
             self._give_up(device_fd)  # before there is a thread, and before a server is heard
-        engine = self._engine(message, self._broker)
+        engine: Engine | Relay
+        if isinstance(backend, VhostUserBackend):
+            dial = functools.partial(broker.dial, hired.channel)
+            server_log = ServerLog(log_fd, identity.place)
+            engine = Relay(backend, spec, server_log=server_log, dial=dial, event_fd=self._event_fd)
+        else:
+            engine = self._engine(message, backend)
         with contextlib.ExitStack() as undo:
             undo.callback(engine.close)
             engine.set_throttle(throttle.from_json(message.get("throttle")))
             if not self._jailed:
                 self._give_up(device_fd)
-            inflight = InflightLog(log_fd, LogIdentity(**message["inflight"]))
+            inflight = InflightLog(log_fd, identity)
             served = ServedDevice(
                 Device(device_fd, spec.name), engine, spec, inflight, resume=bool(message.get("resume"))
             )
@@ -197,9 +207,9 @@ class Worker:
         self._watch(served.device.fd, self._handle_message)
         self._watch_waiting_queues(set())
 
-    def _hire(self, broker: Broker) -> None:
-        self._broker = broker
-        self._watch(broker.alive_fd, self._lose_broker)
+    def _hire(self, hired: Broker) -> None:
+        self._broker = hired
+        self._watch(hired.alive_fd, self._lose_broker)
 
     def _lose_broker(self) -> None:
         """End: nothing could be connected any more. The next worker has its own, and replays what we leave."""
@@ -213,10 +223,10 @@ class Worker:
         if missing:
             self._log.warning("a worker is jailed less than it could be", missing=missing)
 
-    def _engine(self, message: channel.Message, broker: Broker | None = None) -> Engine:
+    def _engine(self, message: channel.Message, backend: EngineBackend) -> Engine:
         spec = _device_spec(message)
         return Engine(
-            backend=backend_spec.from_json(message["backend"]),
+            backend=backend,
             capacity_bytes=spec.capacity_bytes,
             block_size_bytes=spec.block_size_bytes,
             max_queues=spec.queues,
@@ -224,7 +234,7 @@ class Worker:
             serial=message["serial"],
             event_fd=self._event_fd,
             resume=bool(message.get("resume")),
-            broker_fd=broker.channel.fileno() if broker is not None else None,
+            broker_fd=self._broker.channel.fileno() if self._broker is not None else None,
         )
 
     def _release(self, *, abandon: bool) -> bool:

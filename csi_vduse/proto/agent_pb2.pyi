@@ -150,6 +150,32 @@ class NbdBackend(_message.Message):
 Global___NbdBackend: _TypeAlias = NbdBackend  # noqa: Y015
 
 @_typing.final
+class VhostUserBackend(_message.Message):
+    """A vhost-user-blk server, which works on the driver's rings by itself; docs/vhost-user-backends.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_FIELD_NUMBER: _builtins.int
+    WITHOUT_FLUSH_FIELD_NUMBER: _builtins.int
+    socket: _builtins.str
+    """where it listens; absolute"""
+    without_flush: _builtins.bool
+    """it writes through, and need not be able to flush"""
+    def __init__(
+        self,
+        *,
+        socket: _builtins.str = ...,
+        without_flush: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket", b"socket", "without_flush", b"without_flush"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VhostUserBackend: _TypeAlias = VhostUserBackend  # noqa: Y015
+
+@_typing.final
 class NullBackend(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -171,24 +197,28 @@ class Backend(_message.Message):
     FILE_FIELD_NUMBER: _builtins.int
     NULL_FIELD_NUMBER: _builtins.int
     NBD_FIELD_NUMBER: _builtins.int
+    VHOST_USER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def file(self) -> Global___FileBackend: ...
     @_builtins.property
     def null(self) -> Global___NullBackend: ...
     @_builtins.property
     def nbd(self) -> Global___NbdBackend: ...
+    @_builtins.property
+    def vhost_user(self) -> Global___VhostUserBackend: ...
     def __init__(
         self,
         *,
         file: Global___FileBackend | None = ...,
         null: Global___NullBackend | None = ...,
         nbd: Global___NbdBackend | None = ...,
+        vhost_user: Global___VhostUserBackend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null", "vhost_user", b"vhost_user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "kind", b"kind", "nbd", b"nbd", "null", b"null", "vhost_user", b"vhost_user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null", "nbd"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["file", "null", "nbd", "vhost_user"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

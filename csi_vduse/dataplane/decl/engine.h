@@ -271,3 +271,20 @@ int vd_queue_state(struct vd_engine *engine, uint32_t index, uint32_t *state);
 /* Where a latency is counted; for those who read the counts, to know that they and we agree. */
 uint32_t vd_latency_bucket_of(uint64_t ns);
 void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_queue_stats *stats);
+
+/*
+ * Interrupts of a device whose rings a vhost-user server works on (src/relay.c): whenever call_fd,
+ * an eventfd, is written to, the driver is interrupted as in vd_queue_config. Until it is watched no
+ * more; one interrupt that is under way then may still come.
+ */
+struct vd_relay;
+struct vd_relay_queue {
+    int call_fd;
+    int notify_fd;
+    unsigned long notify_ioctl;
+};
+int vd_relay_new(struct vd_relay **relay);
+void vd_relay_free(struct vd_relay *relay);
+int vd_relay_watch(struct vd_relay *relay, uint32_t index, const struct vd_relay_queue *queue);
+void vd_relay_unwatch(struct vd_relay *relay, int call_fd);
+uint64_t vd_relay_interrupts(const struct vd_relay *relay);

@@ -3,8 +3,8 @@
 We make the file (GET_INFLIGHT_FD) or get back the one that a server before us made (SET_INFLIGHT_FD); the engine
 writes to it. What is in it is the protocol's own layout, described in src/inflight.h.
 
-Kept true: the file cannot shrink under the mapping (it is sealed, or refused), and a mapping that abandoned
-requests may still be noted in is never taken away.
+Kept true: the file cannot shrink under the mapping (it is sealed, or root's or our own and nobody else's, or refused),
+and a mapping that abandoned requests may still be noted in is never taken away.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import struct
 from dataclasses import replace
 from typing import Final
@@ -48,9 +49,9 @@ class InflightLog:
             )
         if os.fstat(fd).st_size < inflight.mmap_offset + inflight.mmap_size:
             raise ProtocolError("the file of the in-flight log is too short")
-        if not _seals(fd) & fcntl.F_SEAL_SHRINK:
-            raise ProtocolError("the file of the in-flight log is not sealed against shrinking")
         status = os.fstat(fd)
+        if not _seals(fd) & fcntl.F_SEAL_SHRINK and not _is_ours(status):
+            raise ProtocolError("the file of the in-flight log is not sealed against shrinking")
         self._identity = (status.st_dev, status.st_ino, inflight)
         self._queues = inflight.queues
         self._part_bytes = part_bytes
@@ -103,6 +104,11 @@ def create(asked: Inflight, *, packed: bool, max_queues: int) -> tuple[int, Infl
 def _check(inflight: Inflight, max_queues: int) -> None:
     if not 0 < inflight.queues <= max_queues or not 0 < inflight.queue_size <= MAX_QUEUE_SIZE:
         raise ProtocolError(f"an in-flight log for {inflight.queues} queues of {inflight.queue_size} entries")
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether only root, or who could do anything to us, can open the file to shrink it: a log on tmpfs, as our own."""
+    return status.st_uid in {0, os.geteuid()} and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
 def _seals(fd: int) -> int:

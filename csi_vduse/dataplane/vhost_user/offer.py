@@ -1,0 +1,133 @@
+"""What a vhost-user server offers, and what of it a device can show: pure functions of what the server said.
+
+The server works on the driver's rings by itself, so what the driver negotiates is the server's: features and
+configuration space are shown as they are, but for what cannot be carried.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from csi_vduse.dataplane import config_space
+from csi_vduse.dataplane.vhost_user import protocol
+from csi_vduse.dataplane.vhost_user.protocol import ProtocolFeature
+from csi_vduse.errors import FailedPrecondition, ProtocolError
+
+CONFIG_BYTES: Final = 60  # of struct virtio_blk_config up to write_zeroes_may_unmap and its padding
+
+F_SIZE_MAX: Final = 1 << 1
+F_GEOMETRY: Final = 1 << 4
+# What a driver may have of a server's features. Not CONFIG_WCE, which VDUSE refuses; not packed rings: where a lost
+# server is to go on is read from the used ring of a split one.
+_CARRIED: Final = (
+    F_SIZE_MAX
+    | config_space.F_SEG_MAX
+    | F_GEOMETRY
+    | config_space.F_RO
+    | config_space.F_BLK_SIZE
+    | config_space.F_FLUSH
+    | config_space.F_TOPOLOGY
+    | config_space.F_MQ
+    | config_space.F_DISCARD
+    | config_space.F_WRITE_ZEROES
+    | config_space.F_INDIRECT_DESC
+    | config_space.F_EVENT_IDX
+    | config_space.F_VERSION_1
+)
+# What we use where it is offered, and what nothing goes without.
+WANTED: Final = (
+    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
+)
+_NEEDED: Final = {
+    ProtocolFeature.REPLY_ACK: "does not acknowledge requests (REPLY_ACK)",
+    ProtocolFeature.CONFIG: "does not show its configuration space (CONFIG): it is no vhost-user-blk server",
+    ProtocolFeature.INFLIGHT_SHMFD: "keeps no log of what is in flight (INFLIGHT_SHMFD): killed, it would lose requests",
+}
+_CAPACITY_AND_BLOCK: Final = struct.Struct("<QIIHBBI")
+_QUEUES_AT: Final = 34
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server said of itself.
+
+    Args:
+        features: virtio feature bits.
+        protocol_features: of the protocol.
+        queues: at most.
+        config: the first CONFIG_BYTES of the configuration space.
+    """
+
+    features: int
+    protocol_features: ProtocolFeature
+    queues: int
+    config: bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the disk."""
+        return self.capacity_in(self.config)
+
+    @staticmethod
+    def capacity_in(config: bytes) -> int:
+        """Size of the disk that a configuration space shows."""
+        return int(_CAPACITY_AND_BLOCK.unpack_from(config)[0]) * config_space.SECTOR_BYTES
+
+    @property
+    def block_size_bytes(self) -> int:
+        """Its logical blocks."""
+        if not self.features & config_space.F_BLK_SIZE:
+            return config_space.SECTOR_BYTES
+        return int(_CAPACITY_AND_BLOCK.unpack_from(self.config)[-1])
+
+    def check(self, *, read_only: bool, without_flush: bool) -> None:
+        """Refuse a server that cannot serve a volume of ours.
+
+        Raises:
+            FailedPrecondition: it lacks what is needed.
+            ProtocolError: what it says cannot be.
+        """
+        for feature, what in _NEEDED.items():
+            if not self.protocol_features & feature:
+                raise FailedPrecondition(f"the vhost-user server {what}")
+        if not self.features & config_space.F_VERSION_1:
+            raise FailedPrecondition("the vhost-user server does not speak virtio 1")
+        if not self.features & config_space.F_FLUSH and not without_flush:
+            raise FailedPrecondition(
+                "the vhost-user server cannot flush: what was written may be lost with it",
+                hint="use a disk of it that can; or one that writes through, and say so: vhost-user:SOCKET,without-flush",
+            )
+        if read_only and not self.features & config_space.F_RO:
+            raise FailedPrecondition(
+                "the vhost-user server lets the disk be written",
+                hint="make it read-only there: nobody else looks at the driver's requests",
+            )
+        if self.block_size_bytes not in config_space.BLOCK_SIZES:
+            raise ProtocolError(f"the vhost-user server has blocks of {self.block_size_bytes} bytes")
+        if not self.capacity_bytes or self.capacity_bytes % self.block_size_bytes:
+            raise ProtocolError(
+                f"the vhost-user server has a disk of {self.capacity_bytes} bytes",
+                hint="its storage may have been removed",
+            )
+        if self.queues < 1:
+            raise ProtocolError("the vhost-user server has no queues")
+
+    def device_features(self, queues: int) -> int:
+        """Feature bits that a device with so many queues offers its driver."""
+        bits = self.features & _CARRIED | config_space.F_ACCESS_PLATFORM
+        return bits if queues > 1 else bits & ~config_space.F_MQ
+
+    def device_config(self, queues: int, capacity_bytes: int) -> bytes:
+        """Configuration space of such a device."""
+        at, capacity = config_space.encode_capacity(capacity_bytes)
+        shown = bytearray(self.config)
+        shown[at : at + len(capacity)] = capacity
+        struct.pack_into("<H", shown, _QUEUES_AT, queues)
+        return bytes(shown)
+
+
+def server_features(negotiated: int) -> int:
+    """Feature bits to set at a server for a driver: it has no IOMMU to ask, and the protocol has features."""
+    return negotiated & ~config_space.F_ACCESS_PLATFORM | protocol.F_PROTOCOL_FEATURES

@@ -1,0 +1,158 @@
+"""Volumes whose rings a vhost-user server works on by itself: data right while it and the worker are killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from csi_vduse.proto import agent_pb2
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
+from tests.vm.exports import exported, fio
+from tests.vm.test_agent import VIRTIO, detach, inspect
+from tests.vm.test_recovery import verified_writing
+
+KILLS = 3
+VOLUME = "vol-0123456789abcdef"
+JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
+WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
+
+
+class Server:
+    """Our own vhost-user server, which keeps the log of what is in flight."""
+
+    def __init__(self, image: Path, socket: Path, *options: str) -> None:
+        self.socket = socket
+        self._argv = ["csi-vduse", "export", "--vhost-user", str(socket), "--backend", f"file:{image}"]
+        self._argv += [*options, "disk"]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        process.stdout.readline()
+        return process
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    def start(self) -> None:
+        self.process = self._start()
+
+
+@pytest.fixture
+def server(image: Path, tmp_path: Path) -> Iterator[Server]:
+    made = Server(image, tmp_path / "disk.sock", "--queues", "2")
+    yield made
+    made.kill()
+
+
+def attach(agent: RunningAgent, server: Server, **changes: object) -> str:
+    backend = agent_pb2.Backend(vhost_user=agent_pb2.VhostUserBackend(socket=str(server.socket)))
+    fields: dict[str, object] = {"volume_id": VOLUME, "capacity_bytes": 16 * MIB, "bus": VIRTIO, **changes}
+    request = agent_pb2.AttachRequest(backend=backend, **fields)  # type: ignore[arg-type]
+    path: str = agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path
+    return path
+
+
+def remote(agent: RunningAgent) -> agent_pb2.RemoteStats:
+    return inspect(agent).stats.remote
+
+
+def wait_for_progress(agent: RunningAgent) -> None:
+    """The application goes on: it is interrupted."""
+    before = inspect(agent).stats.interrupts
+    wait_until(lambda: inspect(agent).stats.interrupts > before + 50, "progress")
+
+
+def kill_worker(agent: RunningAgent) -> None:
+    """Kill the worker of now, and wait for the next."""
+    victim = inspect(agent).attachment.worker_pid
+    kill(victim)
+
+    def replaced() -> bool:
+        found = inspect(agent).attachment
+        return found.worker_pid not in (0, victim) and found.state == agent_pb2.STATE_ATTACHED
+
+    wait_until(replaced, "replacement")
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+def test_what_is_written_is_in_the_servers_image(
+    shared: RunningAgent, server: Server, image: Path, queues: int
+):
+    data = os.urandom(4 * MIB)
+    with leaves_nothing(shared):
+        path = attach(shared, server, queues=queues)
+        with Path(path).open("r+b") as disk:
+            disk.write(data)
+            disk.flush()
+            os.fsync(disk.fileno())
+        fio(Path(path), "libaio", "--offset=4m", *JOB)
+        detach(shared)
+        assert image.read_bytes()[: len(data)] == data
+
+
+def kill_server(agent: RunningAgent, server: Server) -> None:
+    losses = remote(agent).losses
+    server.kill()
+    wait_until(lambda: remote(agent).losses > losses, "the loss being seen")
+    server.start()
+
+
+def kill_both(agent: RunningAgent, server: Server) -> None:
+    victim = inspect(agent).attachment.worker_pid
+    server.kill()
+    kill(victim)
+    server.start()
+    wait_until(lambda: inspect(agent).attachment.worker_pid not in (0, victim), "replacement")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [kill_server, lambda agent, _: kill_worker(agent), kill_both],
+    ids=["server", "worker", "both"],
+)
+def test_no_write_is_lost_when_any_of_them_is_killed(
+    shared: RunningAgent, server: Server, act: Callable[[RunningAgent, Server], None]
+):
+    with leaves_nothing(shared):
+        path = attach(shared, server, queues=2)
+        with verified_writing(path, *WRITER) as writer:
+            for _ in range(KILLS):
+                wait_for_progress(shared)
+                act(shared, server)
+            wait_for_progress(shared)
+            assert writer.poll() is None
+        detach(shared)
+
+
+def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server):
+    with leaves_nothing(shared):
+        path = attach(shared, server)
+        with verified_writing(path, *WRITER) as writer:
+            for _ in range(KILLS):
+                wait_for_progress(shared)
+                request = agent_pb2.HandoverRequest(volume_id=VOLUME)
+                shared.stub.Handover(request, timeout=CALL_TIMEOUT_S)
+            wait_for_progress(shared)
+            shared.stub.Quiesce(agent_pb2.QuiesceRequest(volume_id=VOLUME, hold_s=60), timeout=CALL_TIMEOUT_S)
+            held = inspect(shared).stats.interrupts
+            assert inspect(shared).stats.interrupts == held
+            shared.stub.Resume(agent_pb2.ResumeRequest(volume_id=VOLUME), timeout=CALL_TIMEOUT_S)
+            wait_for_progress(shared)
+            assert writer.poll() is None
+        detach(shared)
+
+
+def test_an_export_of_a_server_is_served_by_hand(server: Server):
+    with exported("--backend", f"vhost-user:{server.socket}", "by-hand") as (device, process):
+        fio(device, "libaio", *JOB)
+        process.terminate()
+        assert process.wait(120) == 0
