@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from lab import kernel as kernels
-from lab import uml_kernel, vhost_client, virtiofsd
+from lab import rte_vhost, uml_kernel, vhost_client, virtiofsd
 from lab.errors import CommandTimeout, LabError
 from lab.host import say
 from lab.local import LocalMachine
@@ -151,6 +151,7 @@ def _kernel(_options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     virtiofsd.obtain()
     vhost_client.obtain()
+    rte_vhost.obtain()
     if options.all:
         uml_kernel.obtain()
     return _kernel(options)

@@ -5,6 +5,7 @@ Theory of operation, threads and invariants: src/engine.c and src/queue.c. Calls
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -224,6 +225,10 @@ class Engine:
         info = ffi.new("struct vd_backend_info *")
         lib.vd_engine_backend_info(self._engine, info)
         return int(info.said_bytes)
+
+    def at_once(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: each queue is served by itself. A server takes several calls as one (vhost_user/relay.py)."""
+        return contextlib.nullcontext()
 
     def set_regions(self, regions: Sequence[Region]) -> None:
         """Replace the address map; queues must be stopped or paused."""

@@ -250,11 +250,12 @@ class ServedDevice:
             self._give_up(f"answering a control message: {error.strerror}")
 
     def _start_queues(self) -> None:
-        self._map_memory()
-        for index in range(self._spec.queues):
-            self._kick_fds[index] = os.eventfd(0, os.EFD_CLOEXEC)
-            self.device.set_kick_fd(index, self._kick_fds[index])
-            self.start_ready_queue(index)
+        with self.engine.at_once():
+            self._map_memory()
+            for index in range(self._spec.queues):
+                self._kick_fds[index] = os.eventfd(0, os.EFD_CLOEXEC)
+                self.device.set_kick_fd(index, self._kick_fds[index])
+                self.start_ready_queue(index)
         self._log.info("driver ready", features=hex(self.features), queues=len(self._started))
 
     def _stop_queues(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from csi_vduse.proto import agent_pb2
+from lab import rte_vhost
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.exports import exported, fio
 from tests.vm.test_agent import VIRTIO, detach, inspect
@@ -22,19 +23,19 @@ WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
 
 
 class Server:
-    """Our own vhost-user server, which keeps the log of what is in flight."""
+    """A vhost-user server that keeps the log of what is in flight."""
 
-    def __init__(self, image: Path, socket: Path, *options: str) -> None:
+    def __init__(self, socket: Path, argv: list[str]) -> None:
         self.socket = socket
-        self._argv = ["csi-vduse", "export", "--vhost-user", str(socket), "--backend", f"file:{image}"]
-        self._argv += [*options, "disk"]
-        self.process = self._start()
+        self._argv = argv
+        self.start()
 
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, text=True)
-        assert process.stdout
-        process.stdout.readline()
-        return process
+    def start(self) -> None:
+        """Start it; returns when it can be connected to."""
+        self.process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        while self.process.stdout.readline().strip() != str(self.socket):
+            assert self.process.poll() is None
 
     def kill(self) -> None:
         self.process.kill()
@@ -42,13 +43,19 @@ class Server:
         assert self.process.stdout
         self.process.stdout.close()
 
-    def start(self) -> None:
-        self.process = self._start()
+
+def ours(socket: Path, image: Path) -> Server:
+    argv = ["csi-vduse", "export", "--vhost-user", str(socket), "--backend", f"file:{image}", "--queues", "2"]
+    return Server(socket, [*argv, "disk"])
 
 
-@pytest.fixture
-def server(image: Path, tmp_path: Path) -> Iterator[Server]:
-    made = Server(image, tmp_path / "disk.sock", "--queues", "2")
+def rte(socket: Path, image: Path) -> Server:
+    return Server(socket, rte_vhost.command(socket, image, queues=2))
+
+
+@pytest.fixture(params=[ours, rte])
+def server(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Server]:
+    made: Server = request.param(tmp_path / "disk.sock", image)
     yield made
     made.kill()
 

@@ -56,14 +56,21 @@ class Offer:
     Args:
         features: virtio feature bits.
         protocol_features: of the protocol.
-        queues: at most.
+        queue_count: what it answered to GET_QUEUE_NUM.
         config: the first CONFIG_BYTES of the configuration space.
     """
 
     features: int
     protocol_features: ProtocolFeature
-    queues: int
+    queue_count: int
     config: bytes
+
+    @property
+    def queues(self) -> int:
+        """How many a device may have: SPDK says one number for all its devices, and another for this one."""
+        if not self.features & config_space.F_MQ:
+            return min(1, self.queue_count)
+        return min(self.queue_count, int.from_bytes(self.config[_QUEUES_AT : _QUEUES_AT + 2], "little"))
 
     @property
     def capacity_bytes(self) -> int:

@@ -14,6 +14,7 @@ Kept true:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -21,8 +22,8 @@ import select
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from csi_vduse import log
@@ -130,6 +131,7 @@ class Relay:
         self._unsure = False  # the last server was left by us, and may still be at the driver's memory
         self._capacity_bytes: int | None = spec.capacity_bytes  # of the server's disk; None: to be asked for
         self._features = 0
+        self._logged_queues = 0  # of which the server has the log
         self._state, self._reason = "connected", ""
         self._connects = self._failures = self._losses = 0
         self._retry_s, self._retry_at = _RETRY_S, 0.0
@@ -143,6 +145,12 @@ class Relay:
         self._thread.start()
 
     # As an Engine
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have what is called in between seen by the server in one piece."""
+        with self._changed:
+            yield
 
     def set_regions(self, regions: Sequence[Region]) -> None:
         """Replace the address map; queues must be stopped or paused."""
@@ -320,28 +328,26 @@ class Relay:
 
     def _next_step(self) -> Callable[[], None] | None:
         """What the server does not do yet and is to do, or the other way round; with the lock held."""
-        link = self._link
+        link, rings = self._link, self._rings.values()
         if link is None:
             due = self._needs_link() and time.monotonic() >= self._retry_at
             return self._connect if due else None
-        stops = (
-            functools.partial(self._stop, link, r) for r in self._rings.values() if r.served and not r.wanted
-        )
-        starts = (
-            functools.partial(self._start, link, r) for r in self._rings.values() if r.wanted and not r.served
-        )
-        step: Callable[[], None] | None = next(stops, None)
-        if step is None and self._capacity_bytes is None:
+        queues = max(self._rings, default=-1) + 1
+        grown = queues > self._logged_queues
+        step: Callable[[], None] | None = None
+        if leaving := [r for r in rings if r.served and (grown or not r.wanted)]:
+            step = functools.partial(self._stop, link, leaving[0])
+        elif not self._knows_capacity():
             step = functools.partial(self._look, link)
-        elif step is None and not self._rings:
+        elif not self._rings:
             step = self._drop_link
-        elif (
-            step is None
-            and self._given is not self._memory
-            and not any(r.served for r in self._rings.values())
-        ):
+        elif grown:
+            step = functools.partial(self._give_log, link, queues)
+        elif self._given is not self._memory and not any(r.served for r in rings):
             step = functools.partial(self._give_memory, link)
-        return step or next(starts, None)
+        elif coming := [r for r in rings if r.wanted and not r.served]:
+            step = functools.partial(self._start, link, coming[0])
+        return step
 
     def _needs_link(self) -> bool:
         return not self._knows_capacity() or any(ring.wanted for ring in self._rings.values())
@@ -355,7 +361,6 @@ class Relay:
             offer.check(read_only=self._spec.read_only, without_flush=self._backend.without_flush)
             self._check_fits(offer)
             link.set_features(server_features(self._features))
-            link.set_inflight(self._server_log.place, self._server_log.fd)
         except BaseException:
             link.close()
             raise
@@ -364,6 +369,7 @@ class Relay:
                 self._new_link = None
         with self._changed:
             self._link, self._capacity_bytes = link, offer.capacity_bytes
+            self._logged_queues = 0
             self._unsure = False  # it answers, and does one thing after the other
             self._connects += 1
             self._set_status("connected", "")
@@ -386,6 +392,13 @@ class Relay:
         with self._changed:
             self._capacity_bytes = capacity_bytes
             self._changed.notify_all()
+
+    def _give_log(self, link: FrontEnd, queues: int) -> None:
+        """Give the log of these queues and no others: rte_vhost serves none until all that it has a log of are there."""
+        place = self._server_log.place
+        part_bytes = place.mmap_size // place.queues
+        link.set_inflight(replace(place, queues=queues, mmap_size=queues * part_bytes), self._server_log.fd)
+        self._logged_queues = queues
 
     def _give_memory(self, link: FrontEnd) -> None:
         with self._changed:
