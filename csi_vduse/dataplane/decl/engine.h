@@ -274,8 +274,8 @@ void vd_queue_stats_read(struct vd_engine *engine, uint32_t index, struct vd_que
 
 /*
  * Interrupts of a device whose rings a vhost-user server works on (src/relay.c): whenever call_fd,
- * an eventfd, is written to, the driver is interrupted as in vd_queue_config. Until it is watched no
- * more; one interrupt that is under way then may still come.
+ * an eventfd, is written to, the driver is interrupted as in vd_queue_config. Until it is watched
+ * no more; one interrupt that is under way then may still come.
  */
 struct vd_relay;
 struct vd_relay_queue {
