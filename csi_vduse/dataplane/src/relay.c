@@ -57,7 +57,7 @@ static void *relay_run(void *argument)
     }
 }
 
-static int watch(struct vd_relay *relay, int fd, uint32_t index)
+static int relay_poll(struct vd_relay *relay, int fd, uint32_t index)
 {
     struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.u32 = index };
 
@@ -74,7 +74,7 @@ int vd_relay_new(struct vd_relay **result)
     relay->end_fd = eventfd(0, EFD_CLOEXEC);
     relay->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     error = relay->end_fd < 0 || relay->epoll_fd < 0 ? -errno
-                                                     : watch(relay, relay->end_fd, RELAY_END);
+                                                     : relay_poll(relay, relay->end_fd, RELAY_END);
     if (!error)
         error = -pthread_create(&relay->thread, NULL, relay_run, relay);
     if (!error) {
@@ -103,7 +103,7 @@ int vd_relay_watch(struct vd_relay *relay, uint32_t index, const struct vd_relay
     if (index >= RELAY_QUEUES)
         return -EINVAL;
     relay->queues[index] = *queue;
-    return watch(relay, queue->call_fd, index);
+    return relay_poll(relay, queue->call_fd, index);
 }
 
 void vd_relay_unwatch(struct vd_relay *relay, int call_fd)
