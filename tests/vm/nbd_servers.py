@@ -34,11 +34,19 @@ class NbdServer:
         self.process = subprocess.Popen(self.argv, start_new_session=True, stdin=subprocess.DEVNULL)
         wait_until(self._answers, f"{self.argv[0]} listening")
 
+    def hang(self) -> None:
+        """Have it answer nothing any more, until it is killed."""
+        self._signal(signal.SIGSTOP)
+
     def kill(self) -> None:
-        """With all its children: they are its group."""
+        self._signal(signal.SIGKILL)
         assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send it with all its children: they are its group."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
 
     def _answers(self) -> bool:
         assert self.process is not None

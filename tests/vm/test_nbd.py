@@ -54,12 +54,14 @@ def test_no_write_is_lost_when_the_server_is_killed(
         with verified_writing(path, *WRITER) as writer:
             for number in range(KILLS):
                 wait_for_writes(shared)
+                server.hang()
+                wait_until(lambda: inspect(shared).stats.in_flight > 0, "a request that it does not answer")
                 server.kill()
                 wait_until(lambda n=number: remote(shared).losses > n, "the loss being seen")
                 server.start()
                 assert writer.poll() is None
         fio(Path(path), "libaio", *JOB)
-        assert remote(shared).resent > 0
+        assert remote(shared).resent >= KILLS
         assert sum(each.errors for each in inspect(shared).stats.operations) == 0
         detach(shared)
 

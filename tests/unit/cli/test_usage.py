@@ -12,7 +12,10 @@ from csi_vduse.dataplane.backend_spec import NullBackend
     ("argv", "said"),
     [
         (("export", "--backend", "file:/nowhere/image", "x"), "/nowhere/image"),
-        (("export", "--backend", "disk:/dev/null", "x"), "file:PATH, null:SIZE or an NBD URI"),
+        (
+            ("export", "--backend", "disk:/dev/null", "x"),
+            "file:PATH, null:SIZE, vhost-user:SOCKET or an NBD URI",
+        ),
         (("export", "--backend", "null:lots", "x"), "lots"),
         (("export", "--backend", "null:16M", "--queue-size", "100", "x"), "100"),
         (("export", "--backend", "null:16M", "--block-size", "300", "x"), "300"),

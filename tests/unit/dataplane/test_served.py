@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,9 @@ class Notes:
     def start_queue(self, index: int, address: Any) -> None:
         self.resumed[index] = address.resume
         self.paused[index] = address.paused
+
+    def at_once(self) -> Any:
+        return contextlib.nullcontext()
 
     def pause_queue(self, index: int, timeout_s: float) -> bool:
         return True
