@@ -1,4 +1,4 @@
-"""Bytes of others, decoded: atheris against vhost-user messages, VDUSE messages and the control channel.
+"""Bytes of others, decoded: atheris against vhost-user messages of both sides, VDUSE messages and the control channel.
 
 What does not fit is refused with the error that the function says, and its descriptors are closed.
 """
@@ -16,8 +16,11 @@ import atheris
 
 with atheris.instrument_imports(include=["csi_vduse.dataplane", "json"]):
     from csi_vduse.dataplane import channel, messages
-    from csi_vduse.dataplane.vhost_user import protocol
-from csi_vduse.errors import InvalidArgument, ProtocolError, Unavailable, VduseError
+    from csi_vduse.dataplane.device import MAX_QUEUES, DeviceSpec
+    from csi_vduse.dataplane.vhost_user import protocol, requests
+    from csi_vduse.dataplane.vhost_user.offer import WANTED, Offer
+    from csi_vduse.dataplane.vhost_user.protocol import ProtocolFeature
+from csi_vduse.errors import FailedPrecondition, InvalidArgument, ProtocolError, Unavailable, VduseError
 
 FDS = [os.eventfd(0), os.eventfd(0)]
 OURS, THEIRS = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -30,6 +33,23 @@ def vhost_user(raw: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         header = protocol.decode_header(raw[1:13])
         protocol.decode(header, raw[13:], raw[0] % 10)
+
+
+def server(raw: bytes) -> None:
+    """What a vhost-user server answers: a header, and what its configuration space shows."""
+    with contextlib.suppress(ProtocolError):
+        requests.check_answer(raw[:12].ljust(12, b"\0"), requests.ring_base(0))
+    with contextlib.suppress(ProtocolError):
+        requests.base_in(raw[:8].ljust(8, b"\0"), 0)
+    with contextlib.suppress(ProtocolError, FailedPrecondition):
+        answer = raw[:72].ljust(72, b"\0")
+        features, protocol_features, queues = struct.unpack_from("=QQQ", answer)
+        said = Offer(
+            features, ProtocolFeature(protocol_features & WANTED), queues, requests.config_in(answer)
+        )
+        said.check(read_only=bool(raw[:1]), without_flush=True)
+        DeviceSpec("disk", said.capacity_bytes, said.block_size_bytes, queues=min(said.queues, MAX_QUEUES))
+        said.device_config(min(said.queues, MAX_QUEUES), said.capacity_bytes)
 
 
 def vduse(raw: bytes) -> None:
@@ -64,11 +84,11 @@ def control(raw: bytes) -> None:
         raise RuntimeError("a descriptor was left open")
 
 
-TARGETS = (vhost_user, vduse, control)
+TARGETS = (vhost_user, vduse, control, server)
 
 
 def one_input(raw: bytes) -> None:
-    """Decode one input as one of the three."""
+    """Decode one input as one of them."""
     if raw:
         TARGETS[raw[0] % len(TARGETS)](raw[1:])
 

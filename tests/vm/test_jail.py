@@ -17,13 +17,14 @@ import pytest
 from csi_vduse.dataplane import jail
 from csi_vduse.proto import agent_pb2
 from tests.vm import test_nbd as nbd
+from tests.vm import vhost_user_servers as vhost_user
 from tests.vm.conftest import MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.inside import Inside, inside
 from tests.vm.nbd_servers import nbdkit, serving
 from tests.vm.test_agent import attach, detach, inspect
 from tests.vm.test_recovery import verified_writing, writes
 
-KINDS = ("file", "nbd")
+KINDS = ("file", "nbd", "vhost-user")
 REFUSED = (-errno.EPERM, -errno.EACCES)
 AT_FDCWD = -100
 # Their numbers on x86_64, as in unistd_64.h of the kernel.
@@ -56,6 +57,11 @@ def _attached(agent: RunningAgent, image: Path, kind: str) -> Iterator[str]:
         if kind == "nbd":
             server = servers.enter_context(serving(nbdkit(image)))
             yield nbd.attach(agent, agent_pb2.NbdBackend(uri=server.uri))
+        elif kind == "vhost-user":
+            socket_path = image.with_name("disk.sock")
+            yield vhost_user.attach(
+                agent, servers.enter_context(vhost_user.serving(vhost_user.ours(socket_path, image)))
+            )
         else:
             yield attach(agent, image).path
         detach(agent)

@@ -3,69 +3,27 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from csi_vduse.proto import agent_pb2
-from lab import rte_vhost
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.exports import exported, fio
-from tests.vm.test_agent import VIRTIO, detach, inspect
+from tests.vm.test_agent import detach, inspect
 from tests.vm.test_recovery import verified_writing
+from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, rte, serving
 
 KILLS = 3
-VOLUME = "vol-0123456789abcdef"
 JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
 WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
 
 
-class Server:
-    """A vhost-user server that keeps the log of what is in flight."""
-
-    def __init__(self, socket: Path, argv: list[str]) -> None:
-        self.socket = socket
-        self._argv = argv
-        self.start()
-
-    def start(self) -> None:
-        """Start it; returns when it can be connected to."""
-        self.process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        while self.process.stdout.readline().strip() != str(self.socket):
-            assert self.process.poll() is None
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(60)
-        assert self.process.stdout
-        self.process.stdout.close()
-
-
-def ours(socket: Path, image: Path) -> Server:
-    argv = ["csi-vduse", "export", "--vhost-user", str(socket), "--backend", f"file:{image}", "--queues", "2"]
-    return Server(socket, [*argv, "disk"])
-
-
-def rte(socket: Path, image: Path) -> Server:
-    return Server(socket, rte_vhost.command(socket, image, queues=2))
-
-
 @pytest.fixture(params=[ours, rte])
 def server(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Server]:
-    made: Server = request.param(tmp_path / "disk.sock", image)
-    yield made
-    made.kill()
-
-
-def attach(agent: RunningAgent, server: Server, **changes: object) -> str:
-    backend = agent_pb2.Backend(vhost_user=agent_pb2.VhostUserBackend(socket=str(server.socket)))
-    fields: dict[str, object] = {"volume_id": VOLUME, "capacity_bytes": 16 * MIB, "bus": VIRTIO, **changes}
-    request = agent_pb2.AttachRequest(backend=backend, **fields)  # type: ignore[arg-type]
-    path: str = agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path
-    return path
+    with serving(request.param(tmp_path / "disk.sock", image)) as made:
+        yield made
 
 
 def remote(agent: RunningAgent) -> agent_pb2.RemoteStats:

@@ -38,8 +38,9 @@ class FrontEnd:
     ProtocolError if it answers something else or refuses.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.sock = sock
+        self._timeout_s = timeout_s
 
     def shut(self) -> None:
         """End the connection, from any thread: who waits for an answer on it gets Unavailable."""
@@ -99,12 +100,10 @@ class FrontEnd:
 
     def stop_ring(self, index: int) -> int:
         """Stop a ring, which may take as long as what is in flight; returns the place where it stopped."""
-        return requests.base_in(self._ask(requests.ring_base(index), timeout_s=None), index)
+        return requests.base_in(self._ask(requests.ring_base(index), bounded=False), index)
 
-    def _ask(
-        self, question: Question, fds: Sequence[int] = (), *, timeout_s: float | None = ANSWER_TIMEOUT_S
-    ) -> bytes:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def _ask(self, question: Question, fds: Sequence[int] = (), *, bounded: bool = True) -> bytes:
+        deadline = time.monotonic() + self._timeout_s if bounded else None
         self._send(question, fds)
         if not question.answer_bytes:
             return b""
@@ -135,7 +134,7 @@ class FrontEnd:
                 piece = self.sock.recv(count - len(data))
             except TimeoutError:
                 raise DeadlineExceeded(
-                    f"the vhost-user server has not answered for {ANSWER_TIMEOUT_S:g} s",
+                    f"the vhost-user server has not answered for {self._timeout_s:g} s",
                     hint="SPDK answers nobody while the requests of one disk drain",
                 ) from None
             except OSError as error:
