@@ -28,12 +28,17 @@ _BOTH_CPUS = ("--cpus_allowed=0-1", "--cpus_allowed_policy=split")
 
 @dataclass(frozen=True)
 class Job:
-    """What fio does; depth is the number of requests that it keeps in flight, per thread."""
+    """What fio does.
+
+    depth: the number of requests that it keeps in flight, per thread; iops: it makes as many in a second, at random
+    moments, and keeps no more than depth in flight; None: as many as it can.
+    """
 
     name: str
     operation: str
     block_bytes: int
     depth: int
+    iops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Figures:
 
     iops: float
     mean_us: float
+    p50_us: float
     p99_us: float
+    p999_us: float
     cpu_us: float
     server_cpu_us: float | None
     switches: float
@@ -92,6 +99,10 @@ def run(
             f"--runtime={round(runtime_s * 1000)}ms",
         ]
         argv += [f"--numjobs={threads}", "--group_reporting"]
+        if job.iops:
+            # Of each direction; for one that the job has not it means nothing.
+            rate = job.iops // (2 if job.operation.endswith("rw") else 1)
+            argv += [f"--rate_iops={rate},{rate}", "--rate_process=poisson"]
         argv += _BOTH_CPUS if threads > 1 and (os.cpu_count() or 1) > 1 else ()
         argv += ["--output-format=json", "--output=out", "job"]
         try:
@@ -140,11 +151,18 @@ def _figures(folder: Path, name: str, target: Target, section: dict[str, Any] | 
     return Figures(
         iops=sum(side["iops"] for side in sides),
         mean_us=sum(side["clat_ns"]["mean"] * side["total_ios"] for side in sides) / count / 1e3,
-        p99_us=max(side["clat_ns"]["percentile"]["99.000000"] for side in sides) / 1e3,
+        p50_us=_percentile(sides, "50.000000"),
+        p99_us=_percentile(sides, "99.000000"),
+        p999_us=_percentile(sides, "99.900000"),
         cpu_us=used.machine_s / count * 1e6,
         server_cpu_us=used.server_s / count * 1e6 if target.pids else None,
         switches=used.switches / count,
     )
+
+
+def _percentile(sides: list[dict[str, Any]], name: str) -> float:
+    """Of reads or of writes, whichever is worse, in microseconds."""
+    return max(float(side["clat_ns"]["percentile"][name]) for side in sides) / 1e3
 
 
 def _looks(folder: Path, pattern: str) -> list[cpu.Look]:

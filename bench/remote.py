@@ -43,6 +43,10 @@ JOBS = (
     *fio.LARGE,
 )
 _COUNTED = fio.small("randread", 32)
+# What users feel: how long a request takes while the disk is used, not at its limit. Of what the slower of two can do.
+_MIXED = fio.small("randrw", 32)
+_COMPARED = (OURS, f"{KERNEL_NBD} 1")
+SHARES = (0.3, 0.6, 0.9)
 _Targets = Mapping[str, tuple[Server, Target]]
 
 
@@ -110,11 +114,33 @@ def measure(effort: Effort, host: str) -> dict[str, Any]:
                     raise BenchError(f"{job.name}: {fio.HUNG}")
                 for name, answer in answers.items():
                     keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
+        _at_rates(found, targets, effort)
         counts = _count_syscalls(found, targets, effort)
     about = conditions(
         runtime_s=effort.runtime_s, rounds=effort.rounds, server=f"nbdkit memory, one process, at {host}"
     )
     return {"conditions": about, "runs": found.runs, "missing": found.missing, "syscalls": counts}
+
+
+def paced(share: float, iops: int | None = None) -> fio.Job:
+    """The job that makes so much of what the slower one can do."""
+    return replace(_MIXED, name=f"4k randrw at {share:.0%}", iops=iops)
+
+
+def _at_rates(found: Found, targets: _Targets, effort: Effort) -> None:
+    """Ours and the kernel's client at the same rates, in turn."""
+    compared = {name: targets[name] for name in _COMPARED if name in targets}
+    limits = [
+        answer.iops for answer in _run(compared, _MIXED, effort).values() if not isinstance(answer, str)
+    ]
+    if len(limits) < len(_COMPARED):
+        found.missing.append(Missing(OURS, KIND, "rates", "one of the two that are compared is not there"))
+        return
+    for number in range(effort.rounds):
+        for share in SHARES:
+            job = paced(share, round(share * min(limits)))
+            for name, answer in _run(compared, job, effort).items():
+                keep(found, targets[name][0], answer, job=job.name, queues=1, number=number)
 
 
 def _run(targets: _Targets, job: fio.Job, effort: Effort) -> dict[str, fio.Figures | str]:

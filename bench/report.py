@@ -183,13 +183,28 @@ def _runs_table(runs: Sequence[Run]) -> str:
             rows.append(
                 [job, server, *map(number, figures), number(base / rate if base else None), str(len(mine))]
             )
-    head = ["job", "server", "IOPS", "mean", "p99", "CPU", "server CPU", "switches", "ours / it", "runs"]
+    head = [
+        "job",
+        "server",
+        "IOPS",
+        "mean",
+        "p50",
+        "p99",
+        "p99.9",
+        "CPU",
+        "server CPU",
+        "switches",
+        "ours / it",
+        "runs",
+    ]
     return table(head, rows)
 
 
 _PICKS: tuple[Callable[[Run], float | None], ...] = (
     lambda r: r.mean_us,
+    lambda r: r.p50_us,
     lambda r: r.p99_us,
+    lambda r: r.p999_us,
     lambda r: r.cpu_us,
     lambda r: r.server_cpu_us,
     lambda r: r.switches,

@@ -31,7 +31,8 @@ class Run:
 
     kind: what the server stores into, "null", "file" or "remote"; cpu_us: the whole machine's, without idling;
     server_cpu_us: of the server's processes, None for a server inside the kernel or on another machine;
-    switches: context switches of the whole machine per request, None where that was not looked at.
+    switches: context switches of the whole machine per request, None where that was not looked at; p50_us, p999_us: as
+    p99_us, and None in figures of before they were kept.
     """
 
     server: str
@@ -45,6 +46,8 @@ class Run:
     cpu_us: float
     server_cpu_us: float | None
     switches: float | None
+    p50_us: float | None = None
+    p999_us: float | None = None
 
 
 @dataclass(frozen=True)

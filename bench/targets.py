@@ -1,4 +1,4 @@
-"""The targets of issues 4 and 6, and what was measured of each: one line each, those that are lost among them.
+"""The targets, and what was measured of each: one line each, those that are lost among them.
 
 Ratios are of medians within one part's results; a row that compares several jobs takes the worst. A row whose
 figures are not there says "not measured".
@@ -127,29 +127,63 @@ def _less(
     return Target(text, at_most, beyond, more=False, unit=unit, measure=measure)
 
 
-def _remote(part: str, where: str) -> tuple[Target, ...]:
-    """Those of issue 6."""
+def _p99(run: Run) -> float | None:
+    return run.p99_us
+
+
+# At least, and beyond that: those of latency at a depth of 1, IOPS at 32 (reads, writes) and of large requests.
+_OVER_A_NETWORK = ((1.3, 1.1), (1.9, 2.2), (1.3, 1.6), (1.3, 1.6))
+_ON_LOOPBACK = ((1.5, 1.2), (1.5, 1.8), (1.5, 1.8), (1, 1.3))
+_Bounds = tuple[tuple[float, float], ...]
+
+
+def _remote(part: str, where: str, bounds: _Bounds) -> tuple[Target, ...]:
+    """What a disk on an NBD server is to the kernel's client."""
+    latency, reads, writes, large = bounds
     return (
         _more(
             f"VM, {where}, 4k QD32 randread, IOPS / kernel nbd's",
-            1.6,
-            1.9,
+            *reads,
             ratio(part, "remote", ["4k randread QD32"], _NBD),
         ),
         _more(
             f"VM, {where}, 4k QD32 randwrite, IOPS / kernel nbd's",
-            1.3,
-            1.6,
+            *writes,
             ratio(part, "remote", ["4k randwrite QD32"], _NBD),
+        ),
+        _more(
+            f"VM, {where}, 4k QD8 randread, IOPS / kernel nbd's",
+            1.2,
+            1.5,
+            ratio(part, "remote", ["4k randread QD8"], _NBD),
+        ),
+        _more(
+            f"VM, {where}, 4k QD8 randwrite, IOPS / kernel nbd's",
+            1.4,
+            1.5,
+            ratio(part, "remote", ["4k randwrite QD8"], _NBD),
         ),
         _less(
             f"VM, {where}, 4k QD1, mean latency / kernel nbd's",
-            1.2,
-            0.95,
+            *latency,
             ratio(part, "remote", _QD1, _NBD, pick=_mean, more=False),
         ),
+        _less(
+            f"VM, {where}, 4k QD1, CPU of the client side per request / kernel nbd's",
+            1.5,
+            1.2,
+            ratio(part, "remote", _QD1, _NBD, pick=_client_cpu, more=False),
+        ),
+        _less(
+            f"VM, {where}, 4k mixed at 60 % of the slower one's most, p99 / kernel nbd's",
+            1.0,
+            0.7,
+            ratio(part, "remote", ["4k randrw at 60%"], _NBD, pick=_p99, more=False),
+        ),
         _more(
-            f"VM, {where}, 128k sequential, IOPS / kernel nbd's", 1, 1.3, ratio(part, "remote", _LARGE, _NBD)
+            f"VM, {where}, 128k sequential, IOPS / kernel nbd's",
+            *large,
+            ratio(part, "remote", _LARGE, _NBD),
         ),
         _less(
             f"VM, {where}, 4k QD32, CPU of the client side per request / kernel nbd's",
@@ -211,8 +245,8 @@ TARGETS = (
         )
         for kind in ("null", "file")
     ),
-    *_remote("remote", "remote, a network between"),
-    *_remote("loopback", "remote, on TCP loopback"),
+    *_remote("remote", "remote, a network between", _OVER_A_NETWORK),
+    *_remote("loopback", "remote, on TCP loopback", _ON_LOOPBACK),
     _less("idle volume, CPU", 0, 0, _scale("cpu_ms_per_s"), "ms/s"),
     _less("idle volume, private memory beyond the first", 6, 3, _scale("private_mib_beyond_first"), "MiB"),
     _less("attach to first request served, without the kernel's part", 150, 50, _first_io, "ms"),
