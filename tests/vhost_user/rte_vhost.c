@@ -87,6 +87,19 @@ static int pieces_of(const struct ring *r, uint16_t head, struct iovec *iov, int
     }
 }
 
+static ssize_t discard(const struct iovec *iov, int count)
+{
+    for (int i = 0; i < count; i++) {
+        const struct virtio_blk_discard_write_zeroes *range = iov[i].iov_base;
+
+        for (size_t left = iov[i].iov_len / sizeof(*range); left; left--, range++)
+            if (fallocate(image, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)range->sector * SECTOR,
+                          (off_t)range->num_sectors * SECTOR))
+                return -1;
+    }
+    return 0;
+}
+
 /* Serve a chain; returns how much was written into it. */
 static uint32_t serve(const struct ring *r, uint16_t head)
 {
@@ -107,6 +120,9 @@ static uint32_t serve(const struct ring *r, uint16_t head)
         break;
     case VIRTIO_BLK_T_FLUSH:
         done = fdatasync(image);
+        break;
+    case VIRTIO_BLK_T_DISCARD:
+        done = discard(iov + 1, n - 2);
         break;
     case VIRTIO_BLK_T_GET_ID:
         memset(iov[1].iov_base, 0, iov[1].iov_len);
@@ -249,7 +265,10 @@ static enum rte_vhost_msg_result before(int vid, void *context)
     struct virtio_blk_config config = { .capacity = image_bytes / SECTOR,
                                         .seg_max = 126,
                                         .blk_size = SECTOR,
-                                        .num_queues = queues };
+                                        .num_queues = queues,
+                                        .max_discard_sectors = 1 << 15,
+                                        .max_discard_seg = 1,
+                                        .discard_sector_alignment = 1 };
 
     (void)vid;
     if (m->request != GET_CONFIG)
@@ -275,7 +294,7 @@ int main(int argc, char **argv)
                                                      .new_connection = new_connection };
     char *eal[] = { argv[0], "--no-huge", "--no-pci", "--no-shconf", "-m", "64", "--iova-mode=va", "-l", "0", "--log-level=4" };
     uint64_t features = 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_RING_F_INDIRECT_DESC | 1ull << VIRTIO_BLK_F_SEG_MAX |
-                        1ull << VIRTIO_BLK_F_BLK_SIZE | 1ull << VIRTIO_BLK_F_FLUSH | 1ull << VIRTIO_BLK_F_MQ |
+                        1ull << VIRTIO_BLK_F_BLK_SIZE | 1ull << VIRTIO_BLK_F_FLUSH | 1ull << VIRTIO_BLK_F_MQ | 1ull << VIRTIO_BLK_F_DISCARD |
                         1ull << VHOST_USER_F_PROTOCOL_FEATURES;
     uint64_t protocol = 1ull << VHOST_USER_PROTOCOL_F_MQ | 1ull << VHOST_USER_PROTOCOL_F_REPLY_ACK |
                         1ull << VHOST_USER_PROTOCOL_F_CONFIG | 1ull << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD;
