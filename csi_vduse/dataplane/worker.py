@@ -32,7 +32,8 @@ from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
-from csi_vduse.dataplane.vhost_user.relay import Relay, ServerLog
+from csi_vduse.dataplane.vhost_user.relay import Relay
+from csi_vduse.dataplane.vhost_user.relayed import ServerLog
 from csi_vduse.errors import (
     DeadlineExceeded,
     FailedPrecondition,

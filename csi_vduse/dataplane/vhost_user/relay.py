@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import mmap
 import os
 import select
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from csi_vduse import log
@@ -34,63 +32,13 @@ from csi_vduse.dataplane.engine import BackendStatus, Failure, QueueAddress, Reg
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.dataplane.vhost_user.frontend import FrontEnd
 from csi_vduse.dataplane.vhost_user.offer import Offer, server_features
-from csi_vduse.dataplane.vhost_user.protocol import Inflight, MemoryRegion, VringAddress
+from csi_vduse.dataplane.vhost_user.protocol import VringAddress
+from csi_vduse.dataplane.vhost_user.relayed import Memory, Ring, ServerLog
 from csi_vduse.errors import FailedPrecondition, ProtocolError, Unavailable, VduseError
 
 _RETRY_S: Final = 0.05  # after a loss; twice as long after each failure
 _RETRY_MAX_S: Final = 2.0
 _CAPACITY_TIMEOUT_S: Final = 12.0
-_USED_INDEX: Final = struct.Struct("<H")
-_USED_INDEX_AT: Final = 2  # of a used ring (VIRTIO 1.3, 2.7.8)
-
-
-@dataclass(frozen=True)
-class ServerLog:
-    """The in-flight log that a server keeps: a file of the agent's, which stays the caller's, and where it is in it."""
-
-    fd: int
-    place: Inflight
-
-
-@dataclass
-class _Ring:
-    """A queue that the driver has.
-
-    Args:
-        index: its number.
-        address: where it is.
-        kick_fd: what the driver's kicks write to; the ring's own.
-        call_fd: what the server writes to, to interrupt the driver; the ring's own.
-        wanted: the server is to work on it.
-        served: it does, as far as we know.
-        drained: it stopped with nothing in flight.
-        base: where it stopped.
-    """
-
-    index: int
-    address: QueueAddress
-    kick_fd: int
-    call_fd: int
-    wanted: bool
-    served: bool = False
-    drained: bool = True
-    base: int = 0
-
-    def close(self) -> None:
-        os.close(self.kick_fd)
-        os.close(self.call_fd)
-
-
-@dataclass
-class _Memory:
-    """The driver's memory; owns the descriptors."""
-
-    regions: list[tuple[MemoryRegion, int]] = field(default_factory=list)
-
-    def close(self) -> None:
-        for _, fd in self.regions:
-            os.close(fd)
-        self.regions.clear()
 
 
 class Relay:
@@ -122,10 +70,10 @@ class Relay:
         self._event_fd = event_fd
         self._log = log.get()
         self._changed = threading.Condition()
-        self._rings: dict[int, _Ring] = {}
-        self._gone: list[_Ring] = []  # whose descriptors the thread may be using
-        self._memory = _Memory()
-        self._given = _Memory()  # what the server has
+        self._rings: dict[int, Ring] = {}
+        self._gone: list[Ring] = []  # whose descriptors the thread may be using
+        self._memory = Memory()
+        self._given = Memory()  # what the server has
         self._link: FrontEnd | None = None
         self._new_link: FrontEnd | None = None  # that is not ready yet
         self._unsure = False  # the last server was left by us, and may still be at the driver's memory
@@ -154,9 +102,7 @@ class Relay:
 
     def set_regions(self, regions: Sequence[Region]) -> None:
         """Replace the address map; queues must be stopped or paused."""
-        memory = _Memory(
-            [(MemoryRegion(r.iova, r.size_bytes, r.iova, r.offset_bytes), os.dup(r.fd)) for r in regions]
-        )
+        memory = Memory.of(regions)
         with self._changed:
             old, self._memory = self._memory, memory
             if self._given is not old:
@@ -165,10 +111,9 @@ class Relay:
 
     def start_queue(self, index: int, address: QueueAddress) -> None:
         """Have the server work on a queue, as soon as it is there."""
-        call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        ring = _Ring(index, address, os.dup(address.kick_fd), call_fd, wanted=not address.paused)
+        ring = Ring.of(index, address)
         queue = {
-            "call_fd": call_fd,
+            "call_fd": ring.call_fd,
             "notify_fd": address.notify_fd,
             "notify_ioctl": address.notify_ioctl,
         }
@@ -212,7 +157,7 @@ class Relay:
             ring = self._rings.get(index)
             if ring is None:
                 return 0
-            return _used_index(self._given, ring.address) if ring.served else ring.base
+            return self._given.used_index(ring.address) if ring.served else ring.base
 
     def set_capacity(self, capacity_bytes: int) -> None:
         """See that the server's disk has so many bytes.
@@ -296,7 +241,7 @@ class Relay:
         os.close(self._server_log.fd)
         os.close(self._wake_fd)
 
-    def _unwant(self, ring: _Ring, timeout_s: float) -> None:
+    def _unwant(self, ring: Ring, timeout_s: float) -> None:
         ring.wanted = False
         self._wake()
         self._changed.wait_for(lambda: not ring.served, timeout_s)
@@ -407,13 +352,13 @@ class Relay:
         before.close()
         link.set_memory(memory.regions)
 
-    def _start(self, link: FrontEnd, ring: _Ring) -> None:
+    def _start(self, link: FrontEnd, ring: Ring) -> None:
         address, memory = ring.address, self._given
         with self._changed:
             if self._rings.get(ring.index) is not ring or not ring.wanted or memory is not self._memory:
                 return
             ring.served, ring.drained = True, False
-        base = _used_index(memory, address)
+        base = memory.used_index(address)
         where = VringAddress(ring.index, 0, address.desc_iova, address.device_iova, address.driver_iova)
         link.start_ring(address.size, base, where, call_fd=ring.call_fd, kick_fd=ring.kick_fd)
         os.eventfd_write(ring.kick_fd, 1)
@@ -421,7 +366,7 @@ class Relay:
         self._retry_s = _RETRY_S
         self._log.info("the server works on a queue", queue=ring.index, base=base)
 
-    def _stop(self, link: FrontEnd, ring: _Ring) -> None:
+    def _stop(self, link: FrontEnd, ring: Ring) -> None:
         base = link.stop_ring(ring.index)
         with self._changed:
             ring.base, ring.served, ring.drained = base, False, True
@@ -459,7 +404,7 @@ class Relay:
             link, self._link = self._link, None
             if self._given is not self._memory:
                 self._given.close()
-            self._given = _Memory()
+            self._given = Memory()
             for ring in self._rings.values():
                 ring.served = False
             self._changed.notify_all()
@@ -470,19 +415,3 @@ class Relay:
         if (state, reason) != (self._state, self._reason):
             self._state, self._reason = state, reason
             os.eventfd_write(self._event_fd, 1)
-
-
-def _used_index(memory: _Memory, address: QueueAddress) -> int:
-    """How many of a ring's requests have ended, as its driver sees it.
-
-    Raises:
-        ProtocolError: the ring is not in the driver's memory.
-    """
-    at = address.device_iova + _USED_INDEX_AT
-    for region, fd in memory.regions:
-        if region.guest_address <= at < region.guest_address + region.size_bytes:
-            offset = region.mmap_offset + at - region.guest_address
-            page = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            with mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=page) as mapped:
-                return int(_USED_INDEX.unpack_from(mapped, offset - page)[0])
-    raise ProtocolError(f"the used ring at {address.device_iova:#x} is not in the driver's memory")

@@ -21,7 +21,8 @@ from csi_vduse.dataplane.engine import QueueAddress, Region
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.dataplane.vhost_user import frontend
-from csi_vduse.dataplane.vhost_user.relay import Relay, ServerLog
+from csi_vduse.dataplane.vhost_user.relay import Relay
+from csi_vduse.dataplane.vhost_user.relayed import ServerLog
 from csi_vduse.errors import FailedPrecondition, NotFound, Unavailable
 from tests.vhost_user.frontend import AVAIL, DESC, GUEST, MEMORY_BYTES, SIZE, USED, Frontend
 
@@ -222,6 +223,23 @@ def test_the_server_says_how_far_a_disk_can_grow(driver: Driver, image: Path) ->
 
         until(grown)
         driver.reads()
+
+
+def test_a_server_that_comes_back_with_less_is_refused_until_it_has_enough(
+    driver: Driver, image: Path
+) -> None:
+    with serving(driver.socket_path, image):
+        driver.start()
+        driver.reads()
+    os.truncate(image, IMAGE_BYTES // 2)
+    driver.guest.submit()
+    with serving(driver.socket_path, image):
+        until(lambda: driver.relay.backend_status().state == "refused")
+        assert f"has {IMAGE_BYTES // 2} bytes" in driver.relay.backend_status().reason
+        assert driver.guest.used() == 1
+    os.truncate(image, IMAGE_BYTES)
+    with serving(driver.socket_path, image):
+        driver.hears_of(2)
 
 
 def test_a_stopped_server_costs_the_device_and_not_the_drivers_memory(driver: Driver, image: Path) -> None:
