@@ -21,7 +21,7 @@ import pytest
 from csi_vduse.proto import agent_pb2, agent_pb2_grpc
 from tests.vm.csi import driver  # noqa: F401 - a fixture
 
-MODULES = ("vduse", "virtio-vdpa", "vhost-vdpa")
+MODULES = ("vduse", "virtio-vdpa", "vhost-vdpa", "loop")  # the last: tests look into images
 START_TIMEOUT_S = 300
 CALL_TIMEOUT_S = 240
 MIB = 1 << 20

@@ -43,7 +43,7 @@ def test_what_waits_for_a_backend_that_is_gone_fails_and_the_disk_goes(
         lose_backend(shared, image)
         argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
         readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
-        wait_until(lambda: _in_flight(path) >= len(readers), "requests that wait")
+        wait_until(lambda: in_flight(path) >= len(readers), "requests that wait")
         assert detach_by_force(shared) < LONGEST_S
         for reader in readers:
             assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]
@@ -87,5 +87,5 @@ def test_a_healthy_volume_can_be_forced_too_and_keeps_its_data(shared: RunningAg
     assert image.read_bytes()[:MIB] == data
 
 
-def _in_flight(path: str) -> int:
+def in_flight(path: str) -> int:
     return sum(int(part) for part in Path(f"/sys/block/{Path(path).name}/inflight").read_text().split())

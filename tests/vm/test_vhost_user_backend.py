@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from csi_vduse.proto import agent_pb2
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.exports import exported, fio
 from tests.vm.test_agent import detach, inspect
+from tests.vm.test_force_detach import LONGEST_S, detach_by_force, in_flight
 from tests.vm.test_recovery import verified_writing
 from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, rte, serving
 
@@ -114,6 +116,20 @@ def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server):
             wait_for_progress(shared)
             assert writer.poll() is None
         detach(shared)
+
+
+def test_what_waits_for_a_server_that_hangs_fails_when_the_volume_is_taken_away(
+    shared: RunningAgent, server: Server
+):
+    with leaves_nothing(shared):
+        path = attach(shared, server)
+        server.hang()
+        argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
+        readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
+        wait_until(lambda: in_flight(path) >= len(readers), "requests that wait")
+        assert detach_by_force(shared) < LONGEST_S
+        for reader in readers:
+            assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]
 
 
 def test_an_export_of_a_server_is_served_by_hand(server: Server):

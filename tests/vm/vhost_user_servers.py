@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ class Server:
         assert self.process.stdout
         while self.process.stdout.readline().strip() != str(self.socket):
             assert self.process.poll() is None
+
+    def hang(self) -> None:
+        """Have it answer nothing any more, until it is killed."""
+        self.process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         self.process.kill()
