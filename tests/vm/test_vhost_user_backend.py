@@ -100,7 +100,7 @@ def test_no_write_is_lost_when_any_of_them_is_killed(
         detach(shared)
 
 
-def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server):
+def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server, image: Path):
     with leaves_nothing(shared):
         path = attach(shared, server)
         with verified_writing(path, *WRITER) as writer:
@@ -110,8 +110,9 @@ def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server):
                 shared.stub.Handover(request, timeout=CALL_TIMEOUT_S)
             wait_for_progress(shared)
             shared.stub.Quiesce(agent_pb2.QuiesceRequest(volume_id=VOLUME, hold_s=60), timeout=CALL_TIMEOUT_S)
-            held = inspect(shared).stats.interrupts
-            assert inspect(shared).stats.interrupts == held
+            held = image.read_bytes()
+            wait_until(lambda: in_flight(path) > 0, "requests that wait")
+            assert image.read_bytes() == held
             shared.stub.Resume(agent_pb2.ResumeRequest(volume_id=VOLUME), timeout=CALL_TIMEOUT_S)
             wait_for_progress(shared)
             assert writer.poll() is None
