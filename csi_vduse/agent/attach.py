@@ -107,7 +107,7 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         NotFound, Unavailable, ProtocolError: a vhost-user server is not there, or not what it should be.
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
-    geometry, name = await _shown(device_spec(spec), spec), spec.device_name
+    geometry, name = await _shown(node, device_spec(spec), spec), spec.device_name
     if problem := node.kernel.problem():
         raise FailedPrecondition(f"no volume can be served on this node: {problem}")
     check_socket_path(node.store.control_path(name))
@@ -144,7 +144,7 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
     raise AssertionError("unreachable: an AsyncExitStack of ours swallows no exception")
 
 
-async def _shown(geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
+async def _shown(node: Node, geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
     """Have the device show what its vhost-user server shows, if it is served by one.
 
     Raises:
@@ -153,6 +153,7 @@ async def _shown(geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
     """
     if not isinstance(spec.backend, VhostUserBackend):
         return geometry
+    _refuse_second_user(node, spec)
     offer = await asyncio.to_thread(frontend.probe, spec.backend.socket)
     offer.check(read_only=spec.read_only, without_flush=spec.backend.without_flush)
     asked = (spec.capacity_bytes, spec.block_size_bytes, spec.queues)
@@ -169,6 +170,17 @@ async def _shown(geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
         )
     shown = offer.device_features(spec.queues), offer.device_config(spec.queues, spec.capacity_bytes)
     return replace(geometry, shown=shown)
+
+
+def _refuse_second_user(node: Node, spec: AttachSpec) -> None:
+    """See that no other volume of ours is on a server's socket: SPDK serves whoever connects, and all at once."""
+    for name in node.store.names():
+        other = node.store.find(name)
+        if other is not None and name != spec.device_name and other.spec.backend == spec.backend:
+            raise FailedPrecondition(
+                f"volume {other.volume_id} is attached to the vhost-user server of volume {spec.volume_id}",
+                hint="a server's disk has one user at a time; detach that one first",
+            )
 
 
 async def while_served(

@@ -67,7 +67,8 @@ def dial(channel: socket.socket) -> socket.socket:
     channel.settimeout(_ANSWER_TIMEOUT_S)
     try:
         channel.send(b"?")
-        reason, ancillary, _, _ = channel.recvmsg(_ANSWER_BYTES, socket.CMSG_LEN(array.array("i").itemsize))
+        room = socket.CMSG_LEN(array.array("i").itemsize)
+        reason, ancillary, _, _ = channel.recvmsg(_ANSWER_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise Unavailable(f"the worker's broker does not answer: {error}") from error
     for level, kind, data in ancillary:

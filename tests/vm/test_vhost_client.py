@@ -8,13 +8,15 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lab.errors import CommandFailed
 from lab.vhost_client import VhostClient, obtain
+from tests.vm import vhost_user_servers
+from tests.vm.vhost_user_servers import Server, serving
 
 MIB = 1 << 20
 IMAGE_BYTES = 64 * MIB
@@ -43,13 +45,16 @@ def image(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def exported(image: Path, name: str, *options: str) -> Iterator[Path]:
-    """The device of a running `csi-vduse export`; checks at the end that it went away."""
+def exported(image: Path, name: str, *options: str, backend: str = "") -> Iterator[Path]:
+    """The device of a running `csi-vduse export`, of the image unless told; checks at the end that it went away."""
     argv = [str(Path(sys.executable).parent / "csi-vduse"), "export", "--bus", "vhost_vdpa", *options]
     log = image.with_suffix(".log")
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [*argv, "--backend", f"file:{image}", name], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*argv, "--backend", backend or f"file:{image}", name],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
     assert process.stdout is not None
     try:
@@ -95,6 +100,24 @@ def test_a_vm_side_client_reads_and_writes_the_image_and_the_host_sees_no_disk(
         assert disks() == before
     assert content(image, SEEDED_AT, len(SEEDED)) == SEEDED
     assert content(image, 9 * MIB, MIB) == bytes(MIB)
+
+
+@pytest.mark.parametrize("make", [vhost_user_servers.ours, vhost_user_servers.rte])
+def test_a_vhost_user_server_works_on_the_rings_of_a_vm(
+    client: VhostClient, image: Path, tmp_path: Path, make: Callable[[Path, Path], Server]
+) -> None:
+    """In the VM's memory, which is a file of the VM's."""
+    with (
+        serving(make(tmp_path / "sock", image)) as server,
+        exported(image, "vm-disk", backend=f"vhost-user:{server.socket}") as device,
+    ):
+        assert client.read(device, SEEDED_AT, len(SEEDED)) == SEEDED
+        client.run(device, ["write -P 0x5a 8M 1M", "flush", "read -P 0x5a 8M 1M"])
+        assert content(image, 8 * MIB, MIB) == b"\x5a" * MIB
+        server.kill()
+        server.start()
+        client.run(device, ["write -P 0xa5 8M 64k", "flush", "read -P 0xa5 8M 64k"])
+    assert content(image, 8 * MIB, 64 * 1024) == b"\xa5" * (64 * 1024)
 
 
 def test_discard_and_write_zeroes_of_a_vm_read_back_as_zeros(client: VhostClient, image: Path) -> None:

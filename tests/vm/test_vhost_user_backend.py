@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from csi_vduse.proto import agent_pb2
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.exports import exported, fio
-from tests.vm.test_agent import detach, inspect
+from tests.vm.test_agent import detach, inspect, refused
 from tests.vm.test_force_detach import LONGEST_S, detach_by_force, in_flight
 from tests.vm.test_recovery import verified_writing
 from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, rte, serving
@@ -131,6 +132,16 @@ def test_what_waits_for_a_server_that_hangs_fails_when_the_volume_is_taken_away(
         assert detach_by_force(shared) < LONGEST_S
         for reader in readers:
             assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]
+
+
+def test_a_server_has_one_volume_at_a_time(shared: RunningAgent, server: Server):
+    with leaves_nothing(shared):
+        attach(shared, server)
+        with refused(
+            grpc.StatusCode.FAILED_PRECONDITION, f"volume {VOLUME} is attached to the vhost-user server"
+        ):
+            attach(shared, server, volume_id="another")
+        detach(shared)
 
 
 def test_an_export_of_a_server_is_served_by_hand(server: Server):
