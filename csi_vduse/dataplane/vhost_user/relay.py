@@ -1,58 +1,33 @@
 """A device whose rings a vhost-user server works on: it gets the driver's memory, and kicks go to it directly.
 
-What is left for us is to connect it, to hand on its interrupts (src/relay.c), and to see to it that a server that died
-is followed by one that goes on where it was. One thread does all that waits for the server; it brings what the server
-does to what is wanted, step by step, so that it makes no difference where a server died. What the device's side
-calls (as it calls an Engine) only says what is wanted, and waits a bounded time.
+What is left for us is the server's life (server_session.py), to hand on its interrupts (src/relay.c), and to see to it
+that a server that died is followed by one that goes on where it was.
 
 Kept true:
 - A ring is started with the place where its used ring ends, and with the in-flight log that whoever worked on it kept:
   what a dead server had taken and not returned the next one does again. Nobody else writes to that log.
-- The server has the driver's memory while a ring of it is started, and not longer: without one there is no connection.
 - The driver is interrupted, and the server kicked, once more after each start: for what came between two servers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import select
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from csi_vduse import log
 from csi_vduse.dataplane._engine import ffi, lib
 from csi_vduse.dataplane.backend_spec import VhostUserBackend
 from csi_vduse.dataplane.device import DeviceSpec
-from csi_vduse.dataplane.engine import BackendStatus, Failure, QueueAddress, Region
+from csi_vduse.dataplane.engine import Failure, QueueAddress, Region
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
-from csi_vduse.dataplane.vhost_user.frontend import FrontEnd
-from csi_vduse.dataplane.vhost_user.offer import Offer, server_features
-from csi_vduse.dataplane.vhost_user.protocol import VringAddress
+from csi_vduse.dataplane.vhost_user.offer import Offer
 from csi_vduse.dataplane.vhost_user.relayed import Memory, Ring, ServerLog
-from csi_vduse.errors import FailedPrecondition, ProtocolError, Unavailable, VduseError
-
-_RETRY_S: Final = 0.05  # after a loss; twice as long after each failure
-_RETRY_MAX_S: Final = 2.0
-_CAPACITY_TIMEOUT_S: Final = 12.0
+from csi_vduse.dataplane.vhost_user.server_session import ServerSession
+from csi_vduse.errors import FailedPrecondition, VduseError
 
 
-class Relay:
-    """In place of an Engine: a server, and the rings that it works on.
-
-    Args:
-        backend: where it is.
-        spec: what the device shows.
-        server_log: of this device.
-        dial: makes a connection to the server; as frontend.connect.
-        event_fd: eventfd that is written when the connection's state changes.
-    """
-
-    fences: Final = False  # what a server has not finished may still reach the driver's memory
+class Relay(ServerSession):
+    """In place of an Engine; arguments as of ServerSession, server_log of this device."""
 
     def __init__(
         self,
@@ -63,51 +38,36 @@ class Relay:
         dial: Callable[[], Any],
         event_fd: int,
     ) -> None:
-        self._backend = backend
-        self._spec = spec
-        self._server_log = ServerLog(os.dup(server_log.fd), server_log.place)
-        self._dial = dial
-        self._event_fd = event_fd
-        self._log = log.get()
-        self._changed = threading.Condition()
-        self._rings: dict[int, Ring] = {}
-        self._gone: list[Ring] = []  # whose descriptors the thread may be using
-        self._memory = Memory()
-        self._given = Memory()  # what the server has
-        self._link: FrontEnd | None = None
-        self._new_link: FrontEnd | None = None  # that is not ready yet
-        self._unsure = False  # the last server was left by us, and may still be at the driver's memory
-        self._capacity_bytes: int | None = spec.capacity_bytes  # of the server's disk; None: to be asked for
-        self._features = 0
-        self._logged_queues = 0  # of which the server has the log
-        self._state, self._reason = "connected", ""
-        self._connects = self._failures = self._losses = 0
-        self._retry_s, self._retry_at = _RETRY_S, 0.0
-        self._closing = False
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._log_fd = os.dup(server_log.fd)
+        own_log = ServerLog(self._log_fd, server_log.place)
+        super().__init__(backend, spec, dial=dial, event_fd=event_fd, server_log=own_log)
         relay = ffi.new("struct vd_relay **")
         if (result := lib.vd_relay_new(relay)) < 0:
             raise VduseError(f"the relay of interrupts cannot start: {os.strerror(-result)}")
         self._interrupts = relay[0]
-        self._thread = threading.Thread(target=self._run, name="vhost-user", daemon=True)
-        self._thread.start()
+        self.begin()
+
+    # The rings' owner
+
+    def check(self, offer: Offer) -> None:
+        """Refuse a server that lacks features that the driver uses."""
+        if lacking := self._features & ~offer.device_features(self._spec.queues):
+            raise FailedPrecondition(f"the server lacks features {lacking:#x} that the driver uses")
+
+    def base_of(self, ring: Ring, memory: Memory) -> int:
+        """Where the used ring ends."""
+        return memory.used_index(ring.address)
+
+    def started(self, ring: Ring) -> None:
+        """Make up for what nobody was kicked or interrupted for."""
+        os.eventfd_write(ring.kick_fd, 1)
+        os.eventfd_write(ring.call_fd, 1)
 
     # As an Engine
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Have what is called in between seen by the server in one piece."""
-        with self._changed:
-            yield
-
     def set_regions(self, regions: Sequence[Region]) -> None:
         """Replace the address map; queues must be stopped or paused."""
-        memory = Memory.of(regions)
-        with self._changed:
-            old, self._memory = self._memory, memory
-            if self._given is not old:
-                old.close()
-            self._wake()
+        self.set_memory(Memory.of(regions))
 
     def start_queue(self, index: int, address: QueueAddress) -> None:
         """Have the server work on a queue, as soon as it is there."""
@@ -121,35 +81,26 @@ class Relay:
         if result < 0:
             ring.close()
             raise VduseError(f"interrupts of queue {index} cannot be relayed: {os.strerror(-result)}")
-        with self._changed:
-            self._features = address.features
-            self._rings[index] = ring
-            self._wake()
+        self.add_ring(ring, address.features)
 
     def stop_queue(self, index: int, timeout_s: float) -> bool:
         """Take a queue from the server; False if that may still be at the driver's memory after timeout_s."""
-        with self._changed:
-            ring = self._rings.get(index)
-            if ring is None:
-                return True
-            self._unwant(ring, timeout_s)
-            lib.vd_relay_unwatch(self._interrupts, ring.call_fd)
-            self._gone.append(self._rings.pop(index))
-            self._wake()
-            return ring.drained or not (ring.served or self._unsure)
+        if index not in self._rings:
+            return True
+        stopped = self.unwant_ring(index, timeout_s)
+        lib.vd_relay_unwatch(self._interrupts, self._rings[index].call_fd)
+        self.remove_ring(index)
+        return stopped
 
     def pause_queue(self, index: int, timeout_s: float) -> bool:
         """Have the server finish a queue's requests and take no others; False if some are in flight after timeout_s."""
+        self.unwant_ring(index, timeout_s)
         with self._changed:
-            ring = self._rings[index]
-            self._unwant(ring, timeout_s)
-            return ring.drained and not ring.served
+            return self._rings[index].drained and not self._rings[index].served
 
     def resume_queue(self, index: int) -> None:
         """Have the server take requests again, with the address map of now."""
-        with self._changed:
-            self._rings[index].wanted = True
-            self._wake()
+        self.want_ring(index)
 
     def queue_state(self, index: int) -> int:
         """Return how far a queue is: where it stopped, or how many of its requests have ended."""
@@ -160,23 +111,8 @@ class Relay:
             return self._given.used_index(ring.address) if ring.served else ring.base
 
     def set_capacity(self, capacity_bytes: int) -> None:
-        """See that the server's disk has so many bytes.
-
-        Raises:
-            FailedPrecondition: it is smaller.
-            Unavailable: it did not say what size it has.
-        """
-        with self._changed:
-            self._capacity_bytes = None
-            self._wake()
-            if not self._changed.wait_for(self._knows_capacity, _CAPACITY_TIMEOUT_S):
-                raise Unavailable("the vhost-user server did not say its size", hint="retry")
-            found = self._capacity_bytes or 0
-        if found < capacity_bytes:
-            raise FailedPrecondition(
-                f"capacity {capacity_bytes} is more than the {found} bytes of the server's disk",
-                hint="grow it there first",
-            )
+        """See that the server's disk has so many bytes; raises as check_capacity."""
+        self.check_capacity(capacity_bytes)
 
     def set_throttle(self, throttle: Throttle) -> None:
         """Accept only that there are no limits: requests do not pass through here.
@@ -206,212 +142,13 @@ class Relay:
         """Return 0: nobody here counts requests."""
         return 0
 
-    def backend_status(self) -> BackendStatus:
-        """Return how the connection is."""
-        with self._changed:
-            return BackendStatus(self._state, self._reason, self._connects, self._failures)
-
     def stats(self) -> dict[str, Any]:
         """What can be counted here, in the shape of VolumeStats in agent.proto."""
-        status = self.backend_status()
-        remote = {
-            "state": status.state,
-            "reason": status.reason,
-            "connects": status.connects,
-            "failures": status.failures,
-            "losses": self._losses,
-            "connected": int(self._link is not None),
-        }
-        return {"interrupts": int(lib.vd_relay_interrupts(self._interrupts)), "remote": remote}
+        interrupts = int(lib.vd_relay_interrupts(self._interrupts))
+        return {"interrupts": interrupts, "remote": self.remote_stats()}
 
     def close(self) -> None:
         """Let go of the server and of the memory; queues that it still works on are cut off."""
-        with self._changed:
-            self._closing = True
-            self._wake()
-            for link in (self._link, self._new_link):
-                if link is not None:
-                    link.shut()
-        self._thread.join()
-        for ring in (*self._rings.values(), *self._gone):
-            ring.close()
-        self._rings.clear()
+        self.end()
         lib.vd_relay_free(self._interrupts)
-        self._memory.close()
-        os.close(self._server_log.fd)
-        os.close(self._wake_fd)
-
-    def _unwant(self, ring: Ring, timeout_s: float) -> None:
-        ring.wanted = False
-        self._wake()
-        self._changed.wait_for(lambda: not ring.served, timeout_s)
-
-    def _knows_capacity(self) -> bool:
-        return self._capacity_bytes is not None
-
-    def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
-
-    # The thread
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if self._closing:
-                    break
-                while self._gone:
-                    self._gone.pop().close()
-                step = self._next_step()
-            try:
-                if step is None:
-                    self._wait()
-                else:
-                    step()
-            except (VduseError, OSError) as error:
-                self._lose(error)
-        self._drop_link()
-
-    def _next_step(self) -> Callable[[], None] | None:
-        """What the server does not do yet and is to do, or the other way round; with the lock held."""
-        link, rings = self._link, self._rings.values()
-        if link is None:
-            due = self._needs_link() and time.monotonic() >= self._retry_at
-            return self._connect if due else None
-        queues = max(self._rings, default=-1) + 1
-        grown = queues > self._logged_queues
-        step: Callable[[], None] | None = None
-        if leaving := [r for r in rings if r.served and (grown or not r.wanted)]:
-            step = functools.partial(self._stop, link, leaving[0])
-        elif not self._knows_capacity():
-            step = functools.partial(self._look, link)
-        elif not self._rings:
-            step = self._drop_link
-        elif grown:
-            step = functools.partial(self._give_log, link, queues)
-        elif self._given is not self._memory and not any(r.served for r in rings):
-            step = functools.partial(self._give_memory, link)
-        elif coming := [r for r in rings if r.wanted and not r.served]:
-            step = functools.partial(self._start, link, coming[0])
-        return step
-
-    def _needs_link(self) -> bool:
-        return not self._knows_capacity() or any(ring.wanted for ring in self._rings.values())
-
-    def _connect(self) -> None:
-        link = FrontEnd(self._dial())
-        with self._changed:
-            self._new_link = link
-        try:
-            offer = link.negotiate()
-            offer.check(read_only=self._spec.read_only, without_flush=self._backend.without_flush)
-            self._check_fits(offer)
-            link.set_features(server_features(self._features))
-        except BaseException:
-            link.close()
-            raise
-        finally:
-            with self._changed:
-                self._new_link = None
-        with self._changed:
-            self._link, self._capacity_bytes = link, offer.capacity_bytes
-            self._logged_queues = 0
-            self._unsure = False  # it answers, and does one thing after the other
-            self._connects += 1
-            self._set_status("connected", "")
-            self._changed.notify_all()
-
-    def _check_fits(self, offer: Offer) -> None:
-        if lacking := self._features & ~offer.device_features(self._spec.queues):
-            raise FailedPrecondition(f"the server lacks features {lacking:#x} that the driver uses")
-        if offer.queues < self._spec.queues:
-            raise FailedPrecondition(
-                f"the server has {offer.queues} queues, the device has {self._spec.queues}"
-            )
-        if offer.capacity_bytes < self._spec.capacity_bytes:
-            raise FailedPrecondition(
-                f"the server's disk has {offer.capacity_bytes} bytes, the volume {self._spec.capacity_bytes}"
-            )
-
-    def _look(self, link: FrontEnd) -> None:
-        capacity_bytes = Offer.capacity_in(link.config())
-        with self._changed:
-            self._capacity_bytes = capacity_bytes
-            self._changed.notify_all()
-
-    def _give_log(self, link: FrontEnd, queues: int) -> None:
-        """Give the log of these queues and no others: rte_vhost serves none until all that it has a log of are there."""
-        place = self._server_log.place
-        part_bytes = place.mmap_size // place.queues
-        link.set_inflight(replace(place, queues=queues, mmap_size=queues * part_bytes), self._server_log.fd)
-        self._logged_queues = queues
-
-    def _give_memory(self, link: FrontEnd) -> None:
-        with self._changed:
-            before, memory = self._given, self._memory
-            self._given = memory
-        before.close()
-        link.set_memory(memory.regions)
-
-    def _start(self, link: FrontEnd, ring: Ring) -> None:
-        address, memory = ring.address, self._given
-        with self._changed:
-            if self._rings.get(ring.index) is not ring or not ring.wanted or memory is not self._memory:
-                return
-            ring.served, ring.drained = True, False
-        base = memory.used_index(address)
-        where = VringAddress(ring.index, 0, address.desc_iova, address.device_iova, address.driver_iova)
-        link.start_ring(address.size, base, where, call_fd=ring.call_fd, kick_fd=ring.kick_fd)
-        os.eventfd_write(ring.kick_fd, 1)
-        os.eventfd_write(ring.call_fd, 1)
-        self._retry_s = _RETRY_S
-        self._log.info("the server works on a queue", queue=ring.index, base=base)
-
-    def _stop(self, link: FrontEnd, ring: Ring) -> None:
-        base = link.stop_ring(ring.index)
-        with self._changed:
-            ring.base, ring.served, ring.drained = base, False, True
-            self._changed.notify_all()
-
-    def _wait(self) -> None:
-        """Until something is wanted, the server says something, or it is time to try again."""
-        with self._changed:
-            link, timeout_s = self._link, None
-            if link is None and self._needs_link():
-                timeout_s = max(0.0, self._retry_at - time.monotonic())
-        watched: list[Any] = [self._wake_fd, *([link.sock] if link else [])]
-        ready, _, _ = select.select(watched, [], [], timeout_s)
-        if self._wake_fd in ready:
-            os.eventfd_read(self._wake_fd)
-        if link is not None and link.sock in ready:
-            link.listen()
-
-    def _lose(self, error: VduseError | OSError) -> None:
-        """The server is away, or not what it should be: what it worked on waits for the next one."""
-        refused = isinstance(error, (FailedPrecondition, ProtocolError))
-        had = self._link is not None
-        self._drop_link()
-        with self._changed:
-            self._unsure |= had and not isinstance(error, Unavailable)
-            self._losses += had
-            self._failures += not had
-            self._retry_at = time.monotonic() + self._retry_s
-            self._retry_s = min(2 * self._retry_s, _RETRY_MAX_S)
-            if not self._closing:
-                self._set_status("refused" if refused else "connecting", str(error))
-
-    def _drop_link(self) -> None:
-        with self._changed:
-            link, self._link = self._link, None
-            if self._given is not self._memory:
-                self._given.close()
-            self._given = Memory()
-            for ring in self._rings.values():
-                ring.served = False
-            self._changed.notify_all()
-        if link is not None:
-            link.close()
-
-    def _set_status(self, state: str, reason: str) -> None:
-        if (state, reason) != (self._state, self._reason):
-            self._state, self._reason = state, reason
-            os.eventfd_write(self._event_fd, 1)
+        os.close(self._log_fd)
