@@ -107,7 +107,7 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         NotFound, Unavailable, ProtocolError: a vhost-user server is not there, or not what it should be.
         FailedPrecondition, PermissionDenied, DeadlineExceeded: as the step that failed said.
     """
-    geometry, name = await _shown(node, device_spec(spec), spec), spec.device_name
+    (spec, geometry), name = await _meet(node, spec), spec.device_name
     if problem := node.kernel.problem():
         raise FailedPrecondition(f"no volume can be served on this node: {problem}")
     check_socket_path(node.store.control_path(name))
@@ -144,18 +144,23 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
     raise AssertionError("unreachable: an AsyncExitStack of ours swallows no exception")
 
 
-async def _shown(node: Node, geometry: DeviceSpec, spec: AttachSpec) -> DeviceSpec:
-    """Have the device show what its vhost-user server shows, if it is served by one.
+async def _meet(node: Node, spec: AttachSpec) -> tuple[AttachSpec, DeviceSpec]:
+    """See what the device is to show, which is what its vhost-user server shows if it has one.
+
+    Returns the spec, with how such a server is used, and the geometry.
 
     Raises:
         NotFound, PermissionDenied, Unavailable, DeadlineExceeded, ProtocolError: as frontend.probe says.
         FailedPrecondition: the server does not fit what is asked for.
     """
+    geometry = device_spec(spec)
     if not isinstance(spec.backend, VhostUserBackend):
-        return geometry
+        return spec, geometry
     _refuse_second_user(node, spec)
     offer = await asyncio.to_thread(frontend.probe, spec.backend.socket)
-    offer.check(read_only=spec.read_only, without_flush=spec.backend.without_flush)
+    # Limits and packed rings are the engine's; and it keeps the log of a server that keeps none.
+    mediated = spec.backend.mediated or spec.packed or spec.throttle != UNLIMITED or not offer.keeps_log
+    offer.check(read_only=spec.read_only, without_flush=spec.backend.without_flush, keeps_log=not mediated)
     asked = (spec.capacity_bytes, spec.block_size_bytes, spec.queues)
     found = (offer.capacity_bytes, offer.block_size_bytes, offer.queues)
     if asked[0] > found[0] or asked[1] != found[1] or asked[2] > found[2]:
@@ -163,13 +168,18 @@ async def _shown(node: Node, geometry: DeviceSpec, spec: AttachSpec) -> DeviceSp
             f"the server at {spec.backend.socket} has {found[0]} bytes in blocks of {found[1]} and {found[2]} queues; "
             f"{asked[0]} in blocks of {asked[1]} and {asked[2]} queues are asked for"
         )
-    if spec.throttle != UNLIMITED or spec.packed:
-        raise FailedPrecondition(
-            "limits and packed rings are not for a volume that a vhost-user server serves",
-            hint="limit it there",
+    if mediated:
+        shown = (
+            offer.mediated_features(spec.queues, packed=spec.packed),
+            offer.device_config(spec.queues, spec.capacity_bytes, pieces=spec.queue_size - 2),
         )
-    shown = offer.device_features(spec.queues), offer.device_config(spec.queues, spec.capacity_bytes)
-    return replace(geometry, shown=shown)
+    else:
+        shown = (
+            offer.device_features(spec.queues),
+            offer.device_config(spec.queues, spec.capacity_bytes),
+        )
+    spec = replace(spec, backend=replace(spec.backend, mediated=mediated))
+    return spec, replace(geometry, shown=shown)
 
 
 def _refuse_second_user(node: Node, spec: AttachSpec) -> None:
@@ -337,7 +347,7 @@ async def set_capacity(node: Node, worker: Worker, capacity_bytes: int) -> None:
 
 def _log_identity(node: Node, spec: AttachSpec) -> LogIdentity:
     folder = node.sysfs.vduse_dir(spec.device_name)
-    server = isinstance(spec.backend, VhostUserBackend)
+    server = isinstance(spec.backend, VhostUserBackend) and not spec.backend.mediated
     return LogIdentity.of(folder, queues=spec.queues, queue_size=spec.queue_size, server=server)
 
 

@@ -144,7 +144,7 @@ def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
 def parse_backend(text: str) -> tuple[BackendSpec, int]:
     """Return the backend and its size in bytes: 0 where its server knows it.
 
-    text: `file:PATH`, `null:SIZE`, an NBD URI, or `vhost-user:SOCKET`, perhaps with `,without-flush`.
+    text: `file:PATH`, `null:SIZE`, an NBD URI, or `vhost-user:SOCKET`, perhaps with `,without-flush` or `,mediated`.
 
     Raises:
         InvalidArgument: none of them, or the file cannot be looked at.
@@ -153,9 +153,10 @@ def parse_backend(text: str) -> tuple[BackendSpec, int]:
     if kind.lower().startswith("nbd"):
         return NbdBackend(*nbd_uri.parse_with_tls(text)), 0
     if kind == "vhost-user" and rest:
-        socket, _, option = rest.partition(",")
-        if option in {"", "without-flush"}:
-            return VhostUserBackend(Path(socket).absolute(), without_flush=bool(option)), 0
+        socket, *words = rest.split(",")
+        if set(words) <= {"without-flush", "mediated"}:
+            flags = {word.replace("-", "_"): True for word in words}
+            return VhostUserBackend(Path(socket).absolute(), **flags), 0
     if kind == "null" and rest:
         return NullBackend(), parse_size(rest)
     if kind == "file" and rest:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from csi_vduse import log
 from csi_vduse.dataplane.engine import Engine, Failure
+from csi_vduse.dataplane.vhost_user.mediator import Mediator
 from csi_vduse.dataplane.vhost_user.relay import Relay
 
 
@@ -21,12 +22,12 @@ class BackendLog:
         self._waited = 0
         self._connection = ("connected", "")
 
-    def tell(self, engine: Engine | Relay) -> None:
+    def tell(self, engine: Engine | Relay | Mediator) -> None:
         """Log what is new."""
         self._tell_requests(engine)
         self._tell_connection(engine)
 
-    def _tell_requests(self, engine: Engine | Relay) -> None:
+    def _tell_requests(self, engine: Engine | Relay | Mediator) -> None:
         newest = engine.failure()
         if newest is None:
             return
@@ -41,7 +42,7 @@ class BackendLog:
             )
         self._failed, self._waited = newest.count, newest.waits
 
-    def _tell_connection(self, engine: Engine | Relay) -> None:
+    def _tell_connection(self, engine: Engine | Relay | Mediator) -> None:
         status = engine.backend_status()
         if status is None or (status.state, status.reason) == self._connection:
             return

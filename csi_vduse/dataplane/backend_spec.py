@@ -65,10 +65,13 @@ class VhostUserBackend:
     Args:
         socket: where it listens; absolute path.
         without_flush: it writes through, and need not be able to flush.
+        mediated: requests go through the engine, which logs, limits and counts them; decided by the attach. Not compared:
+            it makes no other disk of it.
     """
 
     socket: Path
     without_flush: bool = False
+    mediated: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,6 @@ class ErrorBackend:
     """Every request fails at once. No attachment has it: the device of one that is forced to go is served with it."""
 
 
-# What the engine serves from; a vhost-user server is served to.
-EngineBackend = FileBackend | NbdBackend | NullBackend | ErrorBackend
 BackendSpec = FileBackend | NbdBackend | NullBackend | VhostUserBackend
 ServedBackend = BackendSpec | ErrorBackend
 
@@ -97,8 +98,13 @@ def to_json(spec: ServedBackend) -> dict[str, Any]:
             }
         case NullBackend():
             return {"kind": "null"}
-        case VhostUserBackend(socket, without_flush):
-            return {"kind": "vhost-user", "socket": str(socket), "without_flush": without_flush}
+        case VhostUserBackend(socket, without_flush, mediated):
+            return {
+                "kind": "vhost-user",
+                "socket": str(socket),
+                "without_flush": without_flush,
+                "mediated": mediated,
+            }
         case ErrorBackend():
             return {"kind": "error"}
 
@@ -121,7 +127,7 @@ def from_json(value: dict[str, Any]) -> ServedBackend:
         case {"kind": "vhost-user", "socket": str(socket), "without_flush": bool(without_flush)} if Path(
             socket
         ).is_absolute():
-            return VhostUserBackend(Path(socket), without_flush)
+            return VhostUserBackend(Path(socket), without_flush, bool(value.get("mediated", False)))
         case {"kind": "error"}:
             return ErrorBackend()
     raise InvalidArgument(

@@ -16,7 +16,14 @@ from typing import Any, Final
 
 from csi_vduse.dataplane import nbd_config
 from csi_vduse.dataplane._engine import ffi, lib
-from csi_vduse.dataplane.backend_spec import EngineBackend, ErrorBackend, FileBackend, NbdBackend, NullBackend
+from csi_vduse.dataplane.backend_spec import (
+    ErrorBackend,
+    FileBackend,
+    NbdBackend,
+    NullBackend,
+    ServedBackend,
+    VhostUserBackend,
+)
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.errors import (
     FailedPrecondition,
@@ -141,6 +148,7 @@ class Engine:
         read_only: refuse whatever writes.
         serial: answer to GET_ID, cut to 20 bytes.
         event_fd: eventfd that is written when a queue faults, a request fails or the backend's state changes.
+        queue_size: of each queue, at most; for a vhost-user server.
         resume: the device exists already and must be served: a server that is away is waited for.
         broker_fd: of a socket to who makes connections for us (broker.py); None: we make our own.
 
@@ -156,13 +164,14 @@ class Engine:
     def __init__(
         self,
         *,
-        backend: EngineBackend,
+        backend: ServedBackend,
         capacity_bytes: int,
         block_size_bytes: int,
         max_queues: int,
         read_only: bool,
         serial: str,
         event_fd: int,
+        queue_size: int = 0,
         resume: bool = False,
         broker_fd: int | None = None,
     ) -> None:
@@ -177,6 +186,8 @@ class Engine:
             case NbdBackend():
                 name, place = "nbd", backend.uri.encode()
                 nbd = nbd_config.encode(backend, keep, wait=resume, broker_fd=broker_fd)
+            case VhostUserBackend(socket):
+                name, place = "vhost-user", os.fsencode(socket)
             case NullBackend():
                 name, place = "null", b""
             case ErrorBackend():
@@ -189,6 +200,7 @@ class Engine:
                 "nbd": nbd,
                 "reason": reason,
                 "max_queues": max_queues,
+                "queue_size": queue_size,
                 "block_size_bytes": block_size_bytes,
                 "capacity_bytes": capacity_bytes,
                 "read_only": read_only,
@@ -302,6 +314,42 @@ class Engine:
     def resume_queue(self, index: int) -> None:
         """Fetch again, with the address map of now."""
         lib.vd_queue_resume(self._engine, index)
+
+    def server_region(self) -> Region:
+        """Return the memory of the rings for a vhost-user server; the descriptor stays the engine's."""
+        region = ffi.new("struct vd_region *")
+        lib.vd_vhost_memory(self._engine, region)
+        return Region(int(region.iova), int(region.size), 0, int(region.fd), writable=True)
+
+    def server_ring(self, index: int) -> tuple[QueueAddress, int]:
+        """Return where a queue's ring for the server is, and its call eventfd; descriptors stay the engine's."""
+        ring = ffi.new("struct vd_vhost_ring *")
+        _check(lib.vd_vhost_ring(self._engine, index, ring), f"finding the server's ring of queue {index}")
+        address = QueueAddress(
+            features=0,
+            size=int(ring.size),
+            desc_iova=int(ring.desc_iova),
+            driver_iova=int(ring.driver_iova),
+            device_iova=int(ring.device_iova),
+            state=0,
+            resume=False,
+            kick_fd=int(ring.kick_fd),
+            notify_fd=-1,
+            notify_ioctl=0,
+        )
+        return address, int(ring.call_fd)
+
+    def serve_by(self, index: int, server: int) -> None:
+        """Tell a queue which server works on its ring from now on; 0: none any more."""
+        lib.vd_vhost_serve(self._engine, index, server)
+
+    def server_of(self, index: int) -> int:
+        """Return which server a queue has its ring with; it follows serve_by."""
+        return int(lib.vd_vhost_serves(self._engine, index))
+
+    def server_lies(self, index: int) -> bool:
+        """Whether a server answered what it was not asked."""
+        return bool(lib.vd_vhost_lies(self._engine, index))
 
     def queue_state(self, index: int) -> int:
         """Return how far a queue is, as in ``QueueAddress``."""

@@ -21,6 +21,7 @@ from csi_vduse.dataplane import config_space, messages
 from csi_vduse.dataplane.device import VQ_INJECT_IRQ, Device, DeviceSpec, IotlbEntry
 from csi_vduse.dataplane.engine import Engine, QueueAddress, Region, is_kernels_own
 from csi_vduse.dataplane.inflight import InflightLog
+from csi_vduse.dataplane.vhost_user.mediator import Mediator
 from csi_vduse.dataplane.vhost_user.relay import Relay
 from csi_vduse.errors import DeadlineExceeded, DeviceBroken, VduseError
 
@@ -48,7 +49,7 @@ class ServedDevice:
     def __init__(
         self,
         device: Device,
-        engine: Engine | Relay,
+        engine: Engine | Relay | Mediator,
         spec: DeviceSpec,
         inflight: InflightLog,
         *,

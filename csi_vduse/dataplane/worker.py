@@ -26,12 +26,13 @@ import structlog
 from csi_vduse import log
 from csi_vduse.dataplane import backend_spec, broker, channel, jail, throttle, versions
 from csi_vduse.dataplane.backend_log import BackendLog, tell_fault
-from csi_vduse.dataplane.backend_spec import EngineBackend, NbdBackend, NullBackend, VhostUserBackend
+from csi_vduse.dataplane.backend_spec import NbdBackend, NullBackend, ServedBackend, VhostUserBackend
 from csi_vduse.dataplane.broker import Broker, fork_broker
 from csi_vduse.dataplane.device import Device, DeviceSpec
 from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.inflight import InflightLog, LogIdentity
 from csi_vduse.dataplane.served import ServedDevice
+from csi_vduse.dataplane.vhost_user.mediator import Mediator
 from csi_vduse.dataplane.vhost_user.relay import Relay
 from csi_vduse.dataplane.vhost_user.relayed import ServerLog
 from csi_vduse.errors import (
@@ -185,11 +186,15 @@ class Worker:
             hired = fork_broker(backend)
             self._hire(hired)
             self._give_up(device_fd)  # before there is a thread, and before a server is heard
-        engine: Engine | Relay
+        engine: Engine | Relay | Mediator
         if isinstance(backend, VhostUserBackend):
             dial = functools.partial(broker.dial, hired.channel)
-            server_log = ServerLog(log_fd, identity.place)
-            engine = Relay(backend, spec, server_log=server_log, dial=dial, event_fd=self._event_fd)
+            if backend.mediated:
+                inner = self._engine(message, backend)
+                engine = Mediator(inner, backend, spec, dial=dial, event_fd=self._event_fd)
+            else:
+                server_log = ServerLog(log_fd, identity.place)
+                engine = Relay(backend, spec, server_log=server_log, dial=dial, event_fd=self._event_fd)
         else:
             engine = self._engine(message, backend)
         with contextlib.ExitStack() as undo:
@@ -224,13 +229,14 @@ class Worker:
         if missing:
             self._log.warning("a worker is jailed less than it could be", missing=missing)
 
-    def _engine(self, message: channel.Message, backend: EngineBackend) -> Engine:
+    def _engine(self, message: channel.Message, backend: ServedBackend) -> Engine:
         spec = _device_spec(message)
         return Engine(
             backend=backend,
             capacity_bytes=spec.capacity_bytes,
             block_size_bytes=spec.block_size_bytes,
             max_queues=spec.queues,
+            queue_size=spec.queue_size,
             read_only=spec.read_only,
             serial=message["serial"],
             event_fd=self._event_fd,

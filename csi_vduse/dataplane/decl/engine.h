@@ -69,12 +69,13 @@ struct vd_nbd_config {
 
 struct vd_config {
     uint32_t max_queues;
+    uint32_t queue_size; /* at most; of a backend with rings of its own */
     uint32_t block_size_bytes;
     uint64_t capacity_bytes; /* 0: said later (vd_engine_set_capacity) */
     int read_only;
     int event_fd;        /* eventfd written when a queue faults or a request fails; -1: none */
     const char *serial;  /* answer to GET_ID, cut to 20 bytes */
-    const char *backend; /* "file", "nbd", "null" or "error" */
+    const char *backend; /* "file", "nbd", "vhost-user", "null" or "error" */
     const char *path;    /* of the file backend */
     const struct vd_nbd_config *nbd; /* of the NBD backend */
     /* room for 160 bytes: why the backend could not be opened, in words; or NULL */
@@ -288,3 +289,26 @@ void vd_relay_free(struct vd_relay *relay);
 int vd_relay_watch(struct vd_relay *relay, uint32_t index, const struct vd_relay_queue *queue);
 void vd_relay_unwatch(struct vd_relay *relay, int call_fd);
 uint64_t vd_relay_interrupts(const struct vd_relay *relay);
+
+/*
+ * Of a backend "vhost-user": rings of ours that a server works on, in memory that it has besides
+ * the driver's (src/backends/vhost). The region's descriptor stays the backend's.
+ */
+struct vd_vhost_ring {
+    uint32_t size;
+    uint64_t desc_iova;
+    uint64_t driver_iova;
+    uint64_t device_iova;
+    int kick_fd;
+    int call_fd;
+};
+void vd_vhost_memory(struct vd_engine *engine, struct vd_region *region);
+int vd_vhost_ring(struct vd_engine *engine, uint32_t index, struct vd_vhost_ring *ring);
+/*
+ * A server, by a number that is not 0, works on a ring from its beginning; or, 0, none does any
+ * more. The queue follows: a ring may be given to the next server when vd_vhost_serves says 0.
+ */
+void vd_vhost_serve(struct vd_engine *engine, uint32_t index, uint32_t server);
+uint32_t vd_vhost_serves(struct vd_engine *engine, uint32_t index);
+/* Whether a server answered what it was not asked: leave it. */
+int vd_vhost_lies(struct vd_engine *engine, uint32_t index);

@@ -116,6 +116,20 @@ void *vd_queue_volume(const struct vd_queue *q)
     return q->engine->backend;
 }
 
+uint64_t vd_queue_iova(const struct vd_queue *q, const void *address)
+{
+    const struct vd_memory *memory = q->ring.memory;
+    const uint8_t *at = address;
+
+    for (uint32_t i = 0; i < memory->count; i++) {
+        const struct vd_mapping *m = &memory->mappings[i];
+
+        if (at >= m->address && (uint64_t)(at - m->address) <= m->last - m->iova)
+            return m->iova + (uint64_t)(at - m->address);
+    }
+    return 0; /* an address that the server has not: it was a request's, and the memory has moved */
+}
+
 void *vd_queue_backend(const struct vd_queue *q)
 {
     return q->backend;
@@ -181,6 +195,22 @@ void vd_queue_fault(struct vd_queue *q, enum vd_queue_fault fault)
         return; /* nobody asks any more */
     store_relaxed(&q->stats->fault, fault);
     vd_report_wake(&q->engine->report);
+}
+
+void vd_queue_report(struct vd_queue *q)
+{
+    vd_report_wake(&q->engine->report);
+}
+
+void *vd_engine_backend(const struct vd_engine *engine)
+{
+    return engine->backend;
+}
+
+void vd_engine_wake(struct vd_engine *engine, uint32_t index)
+{
+    if (engine->queues[index])
+        vd_queue_wake(engine->queues[index]);
 }
 
 void vd_queue_wake(struct vd_queue *q)

@@ -78,7 +78,7 @@ struct vd_backend_ops {
 };
 
 extern const struct vd_backend_ops vd_backend_file, vd_backend_nbd, vd_backend_null,
-    vd_backend_error;
+    vd_backend_error, vd_backend_vhost;
 
 /* Finish a request: error is 0 or a positive errno; ENOTSUP becomes UNSUPP. */
 void vd_request_finish(struct vd_queue *queue, struct vd_request *request, int error);
@@ -111,6 +111,9 @@ void *vd_queue_volume(const struct vd_queue *queue);
 void *vd_queue_backend(const struct vd_queue *queue);
 void vd_queue_set_backend(struct vd_queue *queue, void *backend);
 
+/* The driver's address of memory of a request's. */
+uint64_t vd_queue_iova(const struct vd_queue *queue, const void *address);
+
 const struct vd_queue_config *vd_queue_config_of(const struct vd_queue *queue);
 uint32_t vd_queue_index(const struct vd_queue *queue);
 
@@ -141,5 +144,12 @@ void vd_queue_fault(struct vd_queue *queue, enum vd_queue_fault fault);
 
 /* End its sleep; any thread. */
 void vd_queue_wake(struct vd_queue *queue);
+
+/* Have the control thread look at the backend. */
+void vd_queue_report(struct vd_queue *queue);
+
+/* Control thread: what open made; and end the sleep of a queue, if it is there. */
+void *vd_engine_backend(const struct vd_engine *engine);
+void vd_engine_wake(struct vd_engine *engine, uint32_t index);
 
 #endif

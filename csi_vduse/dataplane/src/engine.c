@@ -12,7 +12,8 @@
 #include "queue.h"
 
 static const struct vd_backend_ops *const backends[] = { &vd_backend_file, &vd_backend_nbd,
-                                                         &vd_backend_null, &vd_backend_error };
+                                                         &vd_backend_null, &vd_backend_vhost,
+                                                         &vd_backend_error };
 
 int vd_engine_new(const struct vd_config *config, struct vd_engine **result)
 {

@@ -36,6 +36,9 @@ _CARRIED: Final = (
     | config_space.F_EVENT_IDX
     | config_space.F_VERSION_1
 )
+_OF_DISK: Final = _CARRIED & ~(
+    config_space.F_MQ | config_space.F_INDIRECT_DESC | config_space.F_EVENT_IDX | config_space.F_VERSION_1
+)
 # What we use where it is offered, and what nothing goes without.
 WANTED: Final = (
     ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
@@ -47,6 +50,8 @@ _NEEDED: Final = {
 }
 _CAPACITY_AND_BLOCK: Final = struct.Struct("<QIIHBBI")
 _QUEUES_AT: Final = 34
+_SEG_MAX: Final = struct.Struct("<I")
+_SEG_MAX_AT: Final = 12
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Offer:
         return min(self.queue_count, int.from_bytes(self.config[_QUEUES_AT : _QUEUES_AT + 2], "little"))
 
     @property
+    def keeps_log(self) -> bool:
+        """Whether it notes what is in flight, for a server that comes after it."""
+        return bool(self.protocol_features & ProtocolFeature.INFLIGHT_SHMFD)
+
+    @property
     def capacity_bytes(self) -> int:
         """Size of the disk."""
         return self.capacity_in(self.config)
@@ -89,15 +99,16 @@ class Offer:
             return config_space.SECTOR_BYTES
         return int(_CAPACITY_AND_BLOCK.unpack_from(self.config)[-1])
 
-    def check(self, *, read_only: bool, without_flush: bool) -> None:
-        """Refuse a server that cannot serve a volume of ours.
+    def check(self, *, read_only: bool, without_flush: bool, keeps_log: bool) -> None:
+        """Refuse a server that cannot serve a volume of ours; keeps_log: it works on the driver's rings by itself.
 
         Raises:
             FailedPrecondition: it lacks what is needed.
             ProtocolError: what it says cannot be.
         """
         for feature, what in _NEEDED.items():
-            if not self.protocol_features & feature:
+            needed = keeps_log or feature != ProtocolFeature.INFLIGHT_SHMFD
+            if needed and not self.protocol_features & feature:
                 raise FailedPrecondition(f"the vhost-user server {what}")
         if not self.features & config_space.F_VERSION_1:
             raise FailedPrecondition("the vhost-user server does not speak virtio 1")
@@ -126,12 +137,23 @@ class Offer:
         bits = self.features & _CARRIED | config_space.F_ACCESS_PLATFORM
         return bits if queues > 1 else bits & ~config_space.F_MQ
 
-    def device_config(self, queues: int, capacity_bytes: int) -> bytes:
-        """Configuration space of such a device."""
+    def mediated_features(self, queues: int, *, packed: bool) -> int:
+        """Feature bits that a device offers whose rings are the engine's: the disk's are the server's."""
+        rings = (
+            config_space.features(queues=queues, read_only=False, discard=False, packed=packed) & ~_OF_DISK
+        )
+        return rings | self.features & _OF_DISK | config_space.F_SEG_MAX
+
+    def device_config(self, queues: int, capacity_bytes: int, *, pieces: int | None = None) -> bytes:
+        """Configuration space of such a device; pieces: of a request at most, where the engine says so too."""
         at, capacity = config_space.encode_capacity(capacity_bytes)
         shown = bytearray(self.config)
         shown[at : at + len(capacity)] = capacity
         struct.pack_into("<H", shown, _QUEUES_AT, queues)
+        if pieces is not None:
+            (theirs,) = _SEG_MAX.unpack_from(shown, _SEG_MAX_AT)
+            limit = theirs if self.features & config_space.F_SEG_MAX and theirs else pieces
+            _SEG_MAX.pack_into(shown, _SEG_MAX_AT, min(limit, pieces))
         return bytes(shown)
 
 

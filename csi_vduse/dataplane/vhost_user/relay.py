@@ -49,6 +49,10 @@ class Relay(ServerSession):
 
     # The rings' owner
 
+    def features_of(self, offer: Offer) -> int:
+        """What the driver negotiated."""
+        return self._features
+
     def check(self, offer: Offer) -> None:
         """Refuse a server that lacks features that the driver uses."""
         if lacking := self._features & ~offer.device_features(self._spec.queues):

@@ -83,6 +83,10 @@ class ServerSession:
 
     # What the rings' owner does, on the thread; `stopped` with the lock held
 
+    def features_of(self, offer: Offer) -> int:
+        """What to use of what a server offers."""
+        raise NotImplementedError
+
     def check(self, offer: Offer) -> None:
         """Refuse a server that cannot do what is wanted of it: FailedPrecondition."""
 
@@ -176,6 +180,14 @@ class ServerSession:
             "connected": int(self._link is not None),
         }
 
+    def leave(self, reason: str) -> None:
+        """Leave the server of now, for what it did."""
+        with self._changed:
+            self._unsure |= self._link is not None
+            if self._link is not None:
+                self._log.error("the vhost-user server is left", reason=reason)
+                self._link.shut()
+
     def begin(self) -> None:
         """Let the thread run."""
         self._thread.start()
@@ -254,9 +266,13 @@ class ServerSession:
                 link.shut()
         try:
             offer = link.negotiate()
-            offer.check(read_only=self._spec.read_only, without_flush=self._backend.without_flush)
+            offer.check(
+                read_only=self._spec.read_only,
+                without_flush=self._backend.without_flush,
+                keeps_log=self._server_log is not None,
+            )
             self._check_fits(offer)
-            link.set_features(server_features(self._features))
+            link.set_features(server_features(self.features_of(offer)))
         except BaseException:
             link.close()
             raise

@@ -85,7 +85,7 @@ def test_an_honest_server_is_heard() -> None:
     with server(honest) as link:
         found = link.negotiate()
         assert (found.capacity_bytes, found.block_size_bytes, found.queues) == (64 << 20, 512, 4)
-        found.check(read_only=False, without_flush=False)
+        found.check(read_only=False, without_flush=False, keeps_log=True)
         link.set_features(1)
         assert link.stop_ring(0) == 7
 
@@ -186,14 +186,14 @@ def config(**changes: int) -> bytes:
 )
 def test_a_server_that_cannot_be_is_refused(said: Offer, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        said.check(read_only=False, without_flush=False)
+        said.check(read_only=False, without_flush=False, keeps_log=True)
 
 
 def test_what_a_server_cannot_do_may_be_allowed() -> None:
-    lies(features=OFFERED & ~config_space.F_FLUSH).check(read_only=False, without_flush=True)
-    lies(features=OFFERED | config_space.F_RO).check(read_only=True, without_flush=False)
+    lies(features=OFFERED & ~config_space.F_FLUSH).check(read_only=False, without_flush=True, keeps_log=True)
+    lies(features=OFFERED | config_space.F_RO).check(read_only=True, without_flush=False, keeps_log=True)
     with pytest.raises(FailedPrecondition, match="lets the disk be written"):
-        lies().check(read_only=True, without_flush=False)
+        lies().check(read_only=True, without_flush=False, keeps_log=True)
 
 
 def test_a_device_shows_what_its_server_does_and_vduse_takes() -> None:

@@ -267,7 +267,7 @@ def test_a_server_that_keeps_no_log_is_refused(tmp_path: Path, image: Path) -> N
             process.kill()
     assert offer.capacity_bytes == IMAGE_BYTES
     with pytest.raises(FailedPrecondition, match="keeps no log"):
-        offer.check(read_only=False, without_flush=False)
+        offer.check(read_only=False, without_flush=False, keeps_log=True)
 
 
 def test_where_nobody_listens_nothing_is_found(tmp_path: Path) -> None:
