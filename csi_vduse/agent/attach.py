@@ -158,8 +158,9 @@ async def _meet(node: Node, spec: AttachSpec) -> tuple[AttachSpec, DeviceSpec]:
         return spec, geometry
     _refuse_second_user(node, spec)
     offer = await asyncio.to_thread(frontend.probe, spec.backend.socket)
-    # Limits and packed rings are the engine's; and it keeps the log of a server that keeps none.
+    # Limits and packed rings are the engine's; and it keeps the log, or writes away, where the server does not.
     mediated = spec.backend.mediated or spec.packed or spec.throttle != UNLIMITED or not offer.keeps_log
+    mediated = mediated or (spec.read_only and not offer.is_read_only)
     offer.check(read_only=spec.read_only, without_flush=spec.backend.without_flush, keeps_log=not mediated)
     asked = (spec.capacity_bytes, spec.block_size_bytes, spec.queues)
     found = (offer.capacity_bytes, offer.block_size_bytes, offer.queues)
@@ -170,7 +171,7 @@ async def _meet(node: Node, spec: AttachSpec) -> tuple[AttachSpec, DeviceSpec]:
         )
     if mediated:
         shown = (
-            offer.mediated_features(spec.queues, packed=spec.packed),
+            offer.mediated_features(spec.queues, read_only=spec.read_only, packed=spec.packed),
             offer.device_config(spec.queues, spec.capacity_bytes, pieces=spec.queue_size - 2),
         )
     else:

@@ -16,14 +16,14 @@ from tests.vm.exports import exported, fio
 from tests.vm.test_agent import detach, inspect, refused
 from tests.vm.test_force_detach import LONGEST_S, detach_by_force, in_flight
 from tests.vm.test_recovery import verified_writing
-from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, rte, serving
+from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, qsd, rte, serving
 
 KILLS = 3
 JOB = ("--rw=randwrite", "--bsrange=512-64k", "--size=8m", "--blockalign=512")
 WRITER = ("--ioengine=libaio", "--iodepth=32", "--size=8M")
 
 
-@pytest.fixture(params=[ours, rte])
+@pytest.fixture(params=[ours, rte, qsd])
 def server(request: pytest.FixtureRequest, image: Path, tmp_path: Path) -> Iterator[Server]:
     with serving(request.param(tmp_path / "disk.sock", image)) as made:
         yield made
@@ -51,6 +51,19 @@ def kill_worker(agent: RunningAgent) -> None:
     wait_until(replaced, "replacement")
 
 
+def test_with_limits_a_volume_goes_through_the_engine(shared: RunningAgent, server: Server):
+    limits = agent_pb2.Throttle(iops=200)
+    with leaves_nothing(shared):
+        path = attach(shared, server, throttle=limits, packed=True)
+        fio(Path(path), "libaio", "--number_ios=300", *JOB)
+        stats = inspect(shared).stats
+        assert sum(each.count for each in stats.operations if each.operation == "write") > 250
+        assert stats.throttled > 0
+        kill_server(shared, server)
+        fio(Path(path), "libaio", "--number_ios=50", *JOB)
+        detach(shared)
+
+
 @pytest.mark.parametrize("queues", [1, 2])
 def test_what_is_written_is_in_the_servers_image(
     shared: RunningAgent, server: Server, image: Path, queues: int
@@ -65,6 +78,17 @@ def test_what_is_written_is_in_the_servers_image(
         fio(Path(path), "libaio", "--offset=4m", *JOB)
         detach(shared)
         assert image.read_bytes()[: len(data)] == data
+
+
+def test_a_read_only_volume_of_a_disk_that_may_be_written(shared: RunningAgent, server: Server, image: Path):
+    data = os.urandom(MIB)
+    with image.open("r+b") as file:
+        file.write(data)
+    with leaves_nothing(shared):
+        path = attach(shared, server, read_only=True)
+        assert Path("/sys/block", Path(path).name, "ro").read_text().strip() == "1"
+        assert Path(path).read_bytes()[:MIB] == data
+        detach(shared)
 
 
 def kill_server(agent: RunningAgent, server: Server) -> None:

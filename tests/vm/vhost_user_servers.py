@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from csi_vduse.proto import agent_pb2
 from lab import rte_vhost
-from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent
+from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, wait_until
 from tests.vm.test_agent import VIRTIO
 
 VOLUME = "vol-0123456789abcdef"
@@ -19,16 +20,20 @@ VOLUME = "vol-0123456789abcdef"
 class Server:
     """A server of one disk with two queues, which argv starts."""
 
-    def __init__(self, socket: Path, argv: list[str]) -> None:
-        self.socket = socket
+    def __init__(self, socket_path: Path, argv: list[str]) -> None:
+        self.socket = socket_path
         self._argv = argv
 
     def start(self) -> None:
         """Start it; returns when it can be connected to."""
-        self.process = subprocess.Popen(self._argv, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        while self.process.stdout.readline().strip() != str(self.socket):
-            assert self.process.poll() is None
+        self.socket.unlink(missing_ok=True)
+        self.process = subprocess.Popen(self._argv, stdout=subprocess.DEVNULL, text=True)
+        wait_until(lambda: self._listens() or self.process.poll() is not None, "a socket")
+        assert self.process.poll() is None
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def hang(self) -> None:
         """Have it answer nothing any more, until it is killed."""
@@ -37,17 +42,31 @@ class Server:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(60)
-        assert self.process.stdout
-        self.process.stdout.close()
 
 
-def ours(socket: Path, image: Path) -> Server:
-    argv = ["csi-vduse", "export", "--vhost-user", str(socket), "--backend", f"file:{image}", "--queues", "2"]
-    return Server(socket, [*argv, "disk"])
+def ours(socket_path: Path, image: Path) -> Server:
+    argv = [
+        "csi-vduse",
+        "export",
+        "--vhost-user",
+        str(socket_path),
+        "--backend",
+        f"file:{image}",
+        "--queues",
+        "2",
+    ]
+    return Server(socket_path, [*argv, "disk"])
 
 
-def rte(socket: Path, image: Path) -> Server:
-    return Server(socket, rte_vhost.command(socket, image, queues=2))
+def rte(socket_path: Path, image: Path) -> Server:
+    return Server(socket_path, rte_vhost.command(socket_path, image, queues=2))
+
+
+def qsd(socket_path: Path, image: Path) -> Server:
+    """Which keeps no log: it is mediated."""
+    node = f"driver=file,node-name=n,filename={image},locking=off,discard=unmap"
+    export = f"type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={socket_path},writable=on,num-queues=2"
+    return Server(socket_path, ["qemu-storage-daemon", "--blockdev", node, "--export", export])
 
 
 @contextmanager

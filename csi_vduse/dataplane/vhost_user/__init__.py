@@ -4,5 +4,6 @@ Server: `protocol` is bytes ↔ values, `connection` is the socket, `memory` the
 `session` what the messages do, `server` the process. No VDUSE, no kernel module and no root rights are needed.
 
 Front-end of a volume whose server is somebody else's: `requests` is values ↔ bytes, `frontend` is the socket, `offer`
-what a server can do, `relayed` what it is given, `relay` its life, and what stands in an Engine's place.
+what a server can do, `relayed` what it is given, `server_session` its life; in an Engine's place stand `relay`, if the
+server works on the driver's rings, and `mediator`, if it works on the engine's.
 """

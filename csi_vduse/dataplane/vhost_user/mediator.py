@@ -70,7 +70,7 @@ class Mediator(ServerSession):
         if not offer.features & config_space.F_INDIRECT_DESC:
             raise FailedPrecondition("the vhost-user server takes no indirect descriptors")
 
-    def base_of(self, ring: Ring, memory: Memory) -> int:
+    def base_of(self, ring: Ring) -> int:
         """The beginning, when the queue has let go of the ring."""
         deadline = time.monotonic() + _LET_GO_S
         while self._engine.server_of(ring.index):

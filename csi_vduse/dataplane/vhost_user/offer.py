@@ -78,6 +78,11 @@ class Offer:
         return min(self.queue_count, int.from_bytes(self.config[_QUEUES_AT : _QUEUES_AT + 2], "little"))
 
     @property
+    def is_read_only(self) -> bool:
+        """Whether it lets nobody write."""
+        return bool(self.features & config_space.F_RO)
+
+    @property
     def keeps_log(self) -> bool:
         """Whether it notes what is in flight, for a server that comes after it."""
         return bool(self.protocol_features & ProtocolFeature.INFLIGHT_SHMFD)
@@ -117,7 +122,7 @@ class Offer:
                 "the vhost-user server cannot flush: what was written may be lost with it",
                 hint="use a disk of it that can; or one that writes through, and say so: vhost-user:SOCKET,without-flush",
             )
-        if read_only and not self.features & config_space.F_RO:
+        if read_only and keeps_log and not self.is_read_only:
             raise FailedPrecondition(
                 "the vhost-user server lets the disk be written",
                 hint="make it read-only there: nobody else looks at the driver's requests",
@@ -137,12 +142,12 @@ class Offer:
         bits = self.features & _CARRIED | config_space.F_ACCESS_PLATFORM
         return bits if queues > 1 else bits & ~config_space.F_MQ
 
-    def mediated_features(self, queues: int, *, packed: bool) -> int:
+    def mediated_features(self, queues: int, *, read_only: bool, packed: bool) -> int:
         """Feature bits that a device offers whose rings are the engine's: the disk's are the server's."""
-        rings = (
-            config_space.features(queues=queues, read_only=False, discard=False, packed=packed) & ~_OF_DISK
-        )
-        return rings | self.features & _OF_DISK | config_space.F_SEG_MAX
+        ours = config_space.features(queues=queues, read_only=False, discard=False, packed=packed)
+        bits = ours & ~_OF_DISK | self.features & _OF_DISK | config_space.F_SEG_MAX
+        writing = config_space.F_DISCARD | config_space.F_WRITE_ZEROES
+        return bits & ~writing | config_space.F_RO if read_only else bits
 
     def device_config(self, queues: int, capacity_bytes: int, *, pieces: int | None = None) -> bytes:
         """Configuration space of such a device; pieces: of a request at most, where the engine says so too."""

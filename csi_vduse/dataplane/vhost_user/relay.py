@@ -49,7 +49,7 @@ class Relay(ServerSession):
 
     # The rings' owner
 
-    def features_of(self, offer: Offer) -> int:
+    def features_of(self, _offer: Offer) -> int:
         """What the driver negotiated."""
         return self._features
 
@@ -58,9 +58,9 @@ class Relay(ServerSession):
         if lacking := self._features & ~offer.device_features(self._spec.queues):
             raise FailedPrecondition(f"the server lacks features {lacking:#x} that the driver uses")
 
-    def base_of(self, ring: Ring, memory: Memory) -> int:
+    def base_of(self, ring: Ring) -> int:
         """Where the used ring ends."""
-        return memory.used_index(ring.address)
+        return self._given.used_index(ring.address)
 
     def started(self, ring: Ring) -> None:
         """Make up for what nobody was kicked or interrupted for."""

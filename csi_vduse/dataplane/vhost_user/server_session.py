@@ -83,14 +83,14 @@ class ServerSession:
 
     # What the rings' owner does, on the thread; `stopped` with the lock held
 
-    def features_of(self, offer: Offer) -> int:
+    def features_of(self, _offer: Offer) -> int:
         """What to use of what a server offers."""
         raise NotImplementedError
 
     def check(self, offer: Offer) -> None:
         """Refuse a server that cannot do what is wanted of it: FailedPrecondition."""
 
-    def base_of(self, ring: Ring, memory: Memory) -> int:
+    def base_of(self, ring: Ring) -> int:
         """Where a server is to begin."""
         raise NotImplementedError
 
@@ -325,7 +325,7 @@ class ServerSession:
             if self._rings.get(ring.index) is not ring or not ring.wanted or memory is not self._memory:
                 return
             ring.served, ring.drained = True, False
-        base = self.base_of(ring, memory)
+        base = self.base_of(ring)
         where = VringAddress(ring.index, 0, address.desc_iova, address.device_iova, address.driver_iova)
         link.start_ring(address.size, base, where, call_fd=ring.call_fd, kick_fd=ring.kick_fd)
         self.started(ring)

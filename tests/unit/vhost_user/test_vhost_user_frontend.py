@@ -162,10 +162,13 @@ def lies(**changes: object) -> Offer:
     return Offer(**said)  # type: ignore[arg-type]
 
 
+PLACES = {"capacity": (0, "<Q"), "seg_max": (12, "<I"), "blk_size": (20, "<I"), "num_queues": (34, "<H")}
+
+
 def config(**changes: int) -> bytes:
     shown = bytearray(SPEC.config())
     for name, value in changes.items():
-        at, layout = {"capacity": (0, "<Q"), "blk_size": (20, "<I"), "num_queues": (34, "<H")}[name]
+        at, layout = PLACES[name]
         struct.pack_into(layout, shown, at, value)
     return bytes(shown)
 
@@ -201,6 +204,12 @@ def test_a_device_shows_what_its_server_does_and_vduse_takes() -> None:
     said = lies(features=OFFERED | config_wce | config_space.F_RING_PACKED)
     assert said.device_features(4) == SPEC.features
     assert said.device_features(1) == SPEC.features & ~config_space.F_MQ
+    mediated = said.mediated_features(1, read_only=True, packed=True)
+    rings = config_space.F_RING_PACKED | config_space.F_EVENT_IDX | config_space.F_ACCESS_PLATFORM
+    assert mediated & (config_space.F_RO | rings) == config_space.F_RO | rings
+    assert not mediated & (config_space.F_DISCARD | config_space.F_MQ | config_wce)
+    shown = said.device_config(2, 32 << 20, pieces=62)
+    assert shown == config(capacity=(32 << 20) // 512, num_queues=2, seg_max=62)
     shown = said.device_config(2, 32 << 20)
     assert shown == config(capacity=(32 << 20) // 512, num_queues=2)
     assert lies(queue_count=2).queues == 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
+import socket
+import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,12 +21,20 @@ from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.dataplane.vhost_user.mediator import Mediator
+from csi_vduse.dataplane.vhost_user.protocol import Request
+from tests.unit.vhost_user.test_vhost_user_frontend import honest, reply
 from tests.unit.vhost_user.test_vhost_user_relay import IMAGE_BYTES, TIMEOUT_S, Driver, serving, until
 from tests.vhost_user.frontend import SIZE
 
 
 class MediatedDriver(Driver):
     """The same driver, with a mediator in the relay's place."""
+
+    def __init__(
+        self, folder: Path, socket_path: Path, dial: Callable[[], socket.socket] | None = None
+    ) -> None:
+        self._dial = dial or (lambda: frontend.connect(socket_path))
+        super().__init__(folder, socket_path)
 
     def _relay(self) -> Mediator:  # type: ignore[override]
         backend = VhostUserBackend(self.socket_path, mediated=True)
@@ -40,7 +52,7 @@ class MediatedDriver(Driver):
             engine,
             backend,
             DeviceSpec("disk", IMAGE_BYTES, queue_size=SIZE),
-            dial=lambda: frontend.connect(self.socket_path),
+            dial=self._dial,
             event_fd=self.event_fd,
         )
 
@@ -56,6 +68,13 @@ def qsd(socket_path: Path, image: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+def stop(server: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    """Returns when no thread of it runs any more."""
+    server.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{server.pid}/task")
+    until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
 
 
 Serve = Callable[[Path, Path], AbstractContextManager[subprocess.Popen[str] | subprocess.Popen[bytes]]]
@@ -99,7 +118,7 @@ def test_a_killed_server_is_followed_by_the_next_one(
         with serve(driver.socket_path, image) as server:
             driver.reads()
             used = driver.guest.used()
-            server.send_signal(signal.SIGSTOP)
+            stop(server)
             driver.guest.submit()
             until(lambda: driver.relay.stats()["in_flight"] == 1)
             server.send_signal(signal.SIGKILL)
@@ -127,3 +146,75 @@ def test_limits_are_kept(driver: MediatedDriver, image: Path) -> None:
         driver.relay.set_throttle(Throttle(iops=1000))
         driver.start()
         driver.reads()
+
+
+@contextmanager
+def puppet() -> Iterator[Callable[[], socket.socket]]:
+    """A server that says yes to everything and works on no ring."""
+    ends: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def serve(end: socket.socket) -> None:
+        with end, suppress(OSError):
+            while header := end.recv(12, socket.MSG_WAITALL):
+                request, _, size = struct.unpack("=III", header)
+                payload = end.recv(size, socket.MSG_WAITALL) if size else b""
+                end.sendall(obedient(request, payload))
+
+    def dial() -> socket.socket:
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+        threads.append(threading.Thread(target=serve, args=(theirs,)))
+        threads[-1].start()
+        return ours
+
+    yield dial
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+
+
+def obedient(request: int, payload: bytes) -> bytes:
+    if request == Request.GET_CONFIG:
+        return reply(request, payload[:12] + DeviceSpec("disk", IMAGE_BYTES).config())
+    return honest(request, payload)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        lambda index, _: (index + 1, struct.pack("<II", 7, 0)),
+        lambda index, _: (index + 1, struct.pack("<II", 1 << 31, 0)),
+        lambda index, _: (index + 2, struct.pack("<IIII", 0, 0, 0, 0)),
+        lambda index, _: (index + 5000, b""),
+    ],
+    ids=["another request", "no request", "one twice", "more than there are"],
+)
+def test_a_server_that_answers_what_it_was_not_asked_is_left(
+    tmp_path: Path, used: Callable[[int, int], tuple[int, bytes]]
+) -> None:
+    with puppet() as dial:
+        driver = MediatedDriver(tmp_path, tmp_path / "sock", dial)
+        driver.start()
+        driver.guest.submit()
+        engine = driver.relay._engine  # type: ignore[attr-defined]
+        address, call_fd = engine.server_ring(0)
+        region = engine.server_region()
+        with mmap.mmap(region.fd, region.size_bytes) as memory:
+            at, avail = address.device_iova - region.iova, address.driver_iova - region.iova
+            until(lambda: memory[avail + 2 : avail + 4] == struct.pack("<H", 1))
+            index, entries = used(0, 0)
+            memory[at + 4 : at + 4 + len(entries)] = entries
+            memory[at + 2 : at + 4] = struct.pack("<H", index & 0xFFFF)
+            os.eventfd_write(call_fd, 1)
+            until(lambda: _told(driver))
+            until(lambda: driver.relay.backend_status().connects > 1)
+        # What it had is with the next one, and the driver heard of nothing that was not.
+        assert driver.guest.used() <= 1
+        driver.relay.stop_queue(0, 0.1)
+        driver.close()
+
+
+def _told(driver: MediatedDriver) -> bool:
+    """Do as the worker does when the engine has it look."""
+    driver.relay.backend_status()
+    return int(driver.relay.stats()["remote"]["losses"]) > 0
