@@ -93,7 +93,14 @@ class RunningAgent:
     def child_pid(self) -> int:
         """The agent's own process: the spawner's child that leads no session, as workers do."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(child) for child in children if os.getsid(int(child)) != int(child))
+        return next(int(child) for child in children if _leads_no_session(int(child)))
+
+
+def _leads_no_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) != pid
+    except ProcessLookupError:  # a worker that has ended since
+        return False
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -115,9 +122,14 @@ def shared_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAg
 def shared(shared_agent: RunningAgent) -> Iterator[RunningAgent]:
     """The agent that tests share; each leaves no volume behind, and one that fails is cleaned up after."""
     yield shared_agent
-    for left in shared_agent.stub.List(agent_pb2.ListRequest(), timeout=CALL_TIMEOUT_S).attachments:
+    _take_volumes_away(shared_agent)
+
+
+def _take_volumes_away(agent: RunningAgent) -> None:
+    """After a failure: or all later tests find a device that is not theirs."""
+    for left in agent.stub.List(agent_pb2.ListRequest(), timeout=CALL_TIMEOUT_S).attachments:
         request = agent_pb2.DetachRequest(volume_id=left.volume_id, force=True)
-        shared_agent.stub.Detach(request, timeout=CALL_TIMEOUT_S)
+        agent.stub.Detach(request, timeout=CALL_TIMEOUT_S)
 
 
 @pytest.fixture
@@ -127,6 +139,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
     running.start()
     yield running
     if running.process.poll() is None:
+        with contextlib.suppress(grpc.RpcError):
+            _take_volumes_away(running)
         running.stop()
 
 

@@ -38,6 +38,11 @@ class Server:
     def hang(self) -> None:
         """Have it answer nothing any more, until it is killed."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        wait_until(
+            lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()),
+            "a stop of all threads",
+        )
 
     def kill(self) -> None:
         self.process.kill()
