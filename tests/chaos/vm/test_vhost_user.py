@@ -46,7 +46,7 @@ def kill_both(agent: RunningAgent, server: Server) -> None:
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("make", [vhost_user_servers.ours, vhost_user_servers.rte])
+@pytest.mark.parametrize("make", [vhost_user_servers.ours, vhost_user_servers.rte, vhost_user_servers.qsd])
 def test_servers_and_workers_killed(
     shared: RunningAgent,
     folder: Path,
