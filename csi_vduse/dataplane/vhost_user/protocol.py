@@ -25,10 +25,10 @@ NO_FD: Final = 1 << 8  # in the number of SET_VRING_KICK, _CALL and _ERR, beside
 
 F_PROTOCOL_FEATURES: Final = 1 << 30  # of the virtio features; no driver ever sees it
 
-_VERSION: Final = 1
+VERSION: Final = 1
 _VERSION_MASK: Final = 3
-_REPLY: Final = 1 << 2
-_NEED_REPLY: Final = 1 << 3
+REPLY: Final = 1 << 2
+NEED_REPLY: Final = 1 << 3
 
 
 class Request(IntEnum):
@@ -188,12 +188,12 @@ Payload = (
     | Inflight
 )
 
-_HEADER = struct.Struct("=III")
-_NUMBER = struct.Struct("=Q")
-_VRING_STATE = struct.Struct("=II")
-_VRING_ADDRESS = struct.Struct("=IIQQQQ")
-_REGION = struct.Struct("=QQQQ")
-_CONFIG = struct.Struct("=III")
+HEADER = struct.Struct("=III")
+NUMBER = struct.Struct("=Q")
+VRING_STATE = struct.Struct("=II")
+VRING_ADDRESS = struct.Struct("=IIQQQQ")
+REGION = struct.Struct("=QQQQ")
+CONFIG = struct.Struct("=III")
 _INFLIGHT = struct.Struct("=QQHH")
 _INFLIGHT_PADDED: Final = 24
 
@@ -206,12 +206,12 @@ def decode_header(data: bytes) -> Header:
     """
     if len(data) != HEADER_BYTES:
         raise ProtocolError(f"a header of {len(data)} bytes")
-    request, flags, size = _HEADER.unpack(data)
-    if flags & _VERSION_MASK != _VERSION or flags & ~(_VERSION_MASK | _NEED_REPLY):
+    request, flags, size = HEADER.unpack(data)
+    if flags & _VERSION_MASK != VERSION or flags & ~(_VERSION_MASK | NEED_REPLY):
         raise ProtocolError(f"flags {flags:#x} in a header of request {request}")
     if size > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"request {request} with {size} bytes of payload")
-    return Header(request, bool(flags & _NEED_REPLY), size)
+    return Header(request, bool(flags & NEED_REPLY), size)
 
 
 def decode(header: Header, payload: bytes, fd_count: int) -> Payload:
@@ -235,27 +235,27 @@ def decode(header: Header, payload: bytes, fd_count: int) -> Payload:
 
 def encode_reply(request: int, payload: bytes) -> bytes:
     """Encode the answer to a request."""
-    return _HEADER.pack(request, _VERSION | _REPLY, len(payload)) + payload
+    return HEADER.pack(request, VERSION | REPLY, len(payload)) + payload
 
 
 def encode_request(request: BackendRequest) -> bytes:
     """Encode a request of ours that has no payload and wants no answer."""
-    return _HEADER.pack(request, _VERSION, 0)
+    return HEADER.pack(request, VERSION, 0)
 
 
 def encode_number(value: int) -> bytes:
     """Encode the payload of an answer that is one number."""
-    return _NUMBER.pack(value)
+    return NUMBER.pack(value)
 
 
 def encode_vring_state(index: int, number: int) -> bytes:
     """Encode the payload of the answer to GET_VRING_BASE."""
-    return _VRING_STATE.pack(index, number)
+    return VRING_STATE.pack(index, number)
 
 
 def encode_config(access: ConfigAccess, data: bytes) -> bytes:
     """Encode the payload of the answer to GET_CONFIG."""
-    return _CONFIG.pack(access.offset, len(data), access.flags) + data
+    return CONFIG.pack(access.offset, len(data), access.flags) + data
 
 
 def encode_inflight(inflight: Inflight) -> bytes:
@@ -276,42 +276,42 @@ def _decode_empty(payload: bytes) -> Empty:
 
 
 def _decode_number(payload: bytes) -> Number:
-    return Number(*_NUMBER.unpack(_sized(payload, _NUMBER.size)))
+    return Number(*NUMBER.unpack(_sized(payload, NUMBER.size)))
 
 
 def _decode_vring_state(payload: bytes) -> VringState:
-    return VringState(*_VRING_STATE.unpack(_sized(payload, _VRING_STATE.size)))
+    return VringState(*VRING_STATE.unpack(_sized(payload, VRING_STATE.size)))
 
 
 def _decode_vring_address(payload: bytes) -> VringAddress:
-    index, flags, descriptor, used, available, _ = _VRING_ADDRESS.unpack(_sized(payload, _VRING_ADDRESS.size))
+    index, flags, descriptor, used, available, _ = VRING_ADDRESS.unpack(_sized(payload, VRING_ADDRESS.size))
     return VringAddress(index, flags, descriptor, used, available)
 
 
 def _decode_vring_fd(payload: bytes) -> VringFd:
-    (value,) = _NUMBER.unpack(_sized(payload, _NUMBER.size))
+    (value,) = NUMBER.unpack(_sized(payload, NUMBER.size))
     if value & ~(NO_FD | 0xFF):
         raise ProtocolError(f"{value:#x} is not the number of a queue")
     return VringFd(value & 0xFF, not value & NO_FD)
 
 
 def _decode_region(payload: bytes) -> MemoryRegion:
-    _sized(payload, 8 + _REGION.size)
+    _sized(payload, 8 + REGION.size)
     return _region(payload, 8)
 
 
 def _decode_table(payload: bytes) -> MemoryTable:
-    if len(payload) < _VRING_STATE.size:
+    if len(payload) < VRING_STATE.size:
         raise ProtocolError(f"a memory table of {len(payload)} bytes")
-    count, _ = _VRING_STATE.unpack_from(payload)
+    count, _ = VRING_STATE.unpack_from(payload)
     if count > MAX_TABLE_REGIONS:
         raise ProtocolError(f"a memory table of {count} regions")
-    _sized(payload, 8 + count * _REGION.size)
-    return MemoryTable(tuple(_region(payload, 8 + number * _REGION.size) for number in range(count)))
+    _sized(payload, 8 + count * REGION.size)
+    return MemoryTable(tuple(_region(payload, 8 + number * REGION.size) for number in range(count)))
 
 
 def _region(payload: bytes, offset: int) -> MemoryRegion:
-    region = MemoryRegion(*_REGION.unpack_from(payload, offset))
+    region = MemoryRegion(*REGION.unpack_from(payload, offset))
     for start in (region.guest_address, region.user_address, region.mmap_offset):
         if not region.size_bytes or start + region.size_bytes > 1 << 64:
             raise ProtocolError(f"a memory region of {region.size_bytes:#x} bytes at {start:#x}")
@@ -321,13 +321,13 @@ def _region(payload: bytes, offset: int) -> MemoryRegion:
 
 
 def _decode_config(payload: bytes) -> ConfigAccess:
-    if len(payload) < _CONFIG.size:
+    if len(payload) < CONFIG.size:
         raise ProtocolError(f"an access to the configuration space of {len(payload)} bytes")
-    offset, size, flags = _CONFIG.unpack_from(payload)
-    _sized(payload, _CONFIG.size + size)
+    offset, size, flags = CONFIG.unpack_from(payload)
+    _sized(payload, CONFIG.size + size)
     if offset + size > MAX_CONFIG_BYTES:
         raise ProtocolError(f"an access to byte {offset + size} of the configuration space")
-    return ConfigAccess(offset, size, flags, payload[_CONFIG.size :])
+    return ConfigAccess(offset, size, flags, payload[CONFIG.size :])
 
 
 def _decode_inflight(payload: bytes) -> Inflight:

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from csi_vduse.dataplane.vhost_user.protocol import (
+    CONFIG,
+    HEADER,
     HEADER_BYTES,
     MAX_TABLE_REGIONS,
+    NEED_REPLY,
+    NUMBER,
+    REGION,
+    REPLY,
+    VERSION,
+    VRING_ADDRESS,
+    VRING_STATE,
     Inflight,
     MemoryRegion,
     Request,
@@ -21,17 +30,7 @@ from csi_vduse.dataplane.vhost_user.protocol import (
 )
 from csi_vduse.errors import ProtocolError
 
-_VERSION: Final = 1
-_REPLY: Final = 1 << 2
-_NEED_REPLY: Final = 1 << 3
-
-_HEADER = struct.Struct("=III")
-_NUMBER = struct.Struct("=Q")
-_VRING_STATE = struct.Struct("=II")
-_VRING_ADDRESS = struct.Struct("=IIQQQQ")
-_REGION = struct.Struct("=QQQQ")
-_CONFIG = struct.Struct("=III")
-_INFLIGHT = struct.Struct("=QQHH4x")
+_INFLIGHT: Final = struct.Struct("=QQHH4x")
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class Question:
 
 def encode(question: Question) -> bytes:
     """Encode a request."""
-    flags = _VERSION | (_NEED_REPLY if question.acknowledged else 0)
-    return _HEADER.pack(question.request, flags, len(question.payload)) + question.payload
+    flags = VERSION | (NEED_REPLY if question.acknowledged else 0)
+    return HEADER.pack(question.request, flags, len(question.payload)) + question.payload
 
 
 def check_answer(header: bytes, question: Question) -> None:
@@ -63,8 +62,8 @@ def check_answer(header: bytes, question: Question) -> None:
     Raises:
         ProtocolError: it is the answer to something else, or of another length.
     """
-    request, flags, size = _HEADER.unpack(header[:HEADER_BYTES])
-    if request != question.request or flags & ~_NEED_REPLY != _VERSION | _REPLY:
+    request, flags, size = HEADER.unpack(header[:HEADER_BYTES])
+    if request != question.request or flags & ~NEED_REPLY != VERSION | REPLY:
         raise ProtocolError(f"{question.request.name} was answered with request {request}, flags {flags:#x}")
     if size != question.answer_bytes:
         raise ProtocolError(
@@ -74,12 +73,12 @@ def check_answer(header: bytes, question: Question) -> None:
 
 def number(request: Request) -> Question:
     """Ask for a number."""
-    return Question(request, b"", _NUMBER.size)
+    return Question(request, b"", NUMBER.size)
 
 
 def protocol_features(features: int) -> Question:
     """Say which features of the protocol are used; only what comes later is acknowledged."""
-    return Question(Request.SET_PROTOCOL_FEATURES, _NUMBER.pack(features), 0)
+    return Question(Request.SET_PROTOCOL_FEATURES, NUMBER.pack(features), 0)
 
 
 def owner() -> Question:
@@ -89,28 +88,28 @@ def owner() -> Question:
 
 def features(bits: int) -> Question:
     """Say which features the driver negotiated."""
-    return _said(Request.SET_FEATURES, _NUMBER.pack(bits))
+    return _said(Request.SET_FEATURES, NUMBER.pack(bits))
 
 
 def of_ring(request: Request, index: int, value: int) -> Question:
     """Say a number that belongs to a queue."""
-    return _said(request, _VRING_STATE.pack(index, value))
+    return _said(request, VRING_STATE.pack(index, value))
 
 
 def ring_eventfd(request: Request, index: int) -> Question:
     """Give an eventfd for a queue, its descriptor with it."""
-    return _said(request, _NUMBER.pack(index))
+    return _said(request, NUMBER.pack(index))
 
 
 def ring_address(address: VringAddress) -> Question:
     """Say where a ring is."""
     parts = (address.index, address.flags, address.descriptor, address.used, address.available, 0)
-    return _said(Request.SET_VRING_ADDR, _VRING_ADDRESS.pack(*parts))
+    return _said(Request.SET_VRING_ADDR, VRING_ADDRESS.pack(*parts))
 
 
 def ring_base(index: int) -> Question:
     """Stop a queue and ask where."""
-    return Question(Request.GET_VRING_BASE, _VRING_STATE.pack(index, 0), _VRING_STATE.size)
+    return Question(Request.GET_VRING_BASE, VRING_STATE.pack(index, 0), VRING_STATE.size)
 
 
 def memory_table(regions: Sequence[MemoryRegion]) -> Question:
@@ -124,16 +123,16 @@ def memory_table(regions: Sequence[MemoryRegion]) -> Question:
             f"the driver's memory is in {len(regions)} pieces, and a server takes {MAX_TABLE_REGIONS}",
             hint="give the VM its memory in one piece",
         )
-    payload = _VRING_STATE.pack(len(regions), 0)
+    payload = VRING_STATE.pack(len(regions), 0)
     for region in regions:
         where = (region.guest_address, region.size_bytes, region.user_address, region.mmap_offset)
-        payload += _REGION.pack(*where)
+        payload += REGION.pack(*where)
     return _said(Request.SET_MEM_TABLE, payload)
 
 
 def config(size_bytes: int) -> Question:
     """Ask for the first bytes of the configuration space."""
-    payload = _CONFIG.pack(0, size_bytes, 0) + bytes(size_bytes)
+    payload = CONFIG.pack(0, size_bytes, 0) + bytes(size_bytes)
     return Question(Request.GET_CONFIG, payload, len(payload))
 
 
@@ -144,12 +143,12 @@ def inflight(log: Inflight) -> Question:
 
 
 def _said(request: Request, payload: bytes) -> Question:
-    return Question(request, payload, _NUMBER.size, acknowledged=True)
+    return Question(request, payload, NUMBER.size, acknowledged=True)
 
 
 def number_in(answer: bytes) -> int:
     """Decode an answer that is a number."""
-    return int(_NUMBER.unpack(answer)[0])
+    return int(NUMBER.unpack(answer)[0])
 
 
 def base_in(answer: bytes, index: int) -> int:
@@ -158,7 +157,7 @@ def base_in(answer: bytes, index: int) -> int:
     Raises:
         ProtocolError: it is another queue's, or no place in a split ring.
     """
-    answered, base = _VRING_STATE.unpack(answer)
+    answered, base = VRING_STATE.unpack(answer)
     if answered != index or base >= 1 << 16:
         raise ProtocolError(f"queue {index} stopped, said the server, as queue {answered} at {base:#x}")
     return int(base)
@@ -170,7 +169,7 @@ def config_in(answer: bytes) -> bytes:
     Raises:
         ProtocolError: it is of another place.
     """
-    offset, size, _ = _CONFIG.unpack_from(answer)
-    if offset or size != len(answer) - _CONFIG.size:
+    offset, size, _ = CONFIG.unpack_from(answer)
+    if offset or size != len(answer) - CONFIG.size:
         raise ProtocolError(f"the server showed {size} bytes at {offset} of its configuration space")
-    return answer[_CONFIG.size :]
+    return answer[CONFIG.size :]

@@ -20,9 +20,6 @@
 
 enum { EVENT_CALL };
 
-/* vd_request.step */
-enum vhost_step { STEP_NONE, STEP_WAITING, STEP_POSTED };
-
 struct vhost_queue {
     struct vhost *vhost;
     struct vhost_ring *ring;
@@ -35,7 +32,6 @@ struct vhost_queue {
 
 static void wait_for_server(struct vhost_queue *vq, struct vd_request *r)
 {
-    r->step = STEP_WAITING;
     r->next = NULL;
     *vq->waiting_end = r;
     vq->waiting_end = &r->next;
@@ -125,7 +121,6 @@ static void post(struct vd_queue *q, struct vhost_queue *vq, struct vd_request *
         .flags = VRING_DESC_F_INDIRECT,
     };
     ring->avail->ring[vq->avail++ & (size - 1)] = (uint16_t)index;
-    r->step = STEP_POSTED;
     vq->posted[index] = r;
     vq->posted_count++;
 }
@@ -148,7 +143,6 @@ static void answered(struct vd_queue *q, struct vd_request *r, uint8_t status)
 {
     int error = status == VIRTIO_BLK_S_OK ? 0 : status == VIRTIO_BLK_S_UNSUPP ? ENOTSUP : EIO;
 
-    r->step = STEP_NONE;
     if (!error || error == ENOTSUP || !vd_request_wait(q, r, error))
         vd_request_finish(q, r, error);
 }
@@ -228,7 +222,6 @@ static void vhost_turn(struct vd_queue *q)
 static void vhost_event(struct vd_queue *q, unsigned event, int result)
 {
     struct vhost_queue *vq = vd_queue_backend(q);
-
     uint64_t count;
 
     (void)event;
