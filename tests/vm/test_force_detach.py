@@ -34,6 +34,14 @@ def lose_backend(agent: RunningAgent, image: Path) -> None:
     )
 
 
+def waiting_readers(path: str) -> list[subprocess.Popen[bytes]]:
+    """Three that read a disk whose backend does not answer; returns when all wait."""
+    argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
+    readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
+    wait_until(lambda: in_flight(path) >= len(readers), "requests that wait")
+    return readers
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_what_waits_for_a_backend_that_is_gone_fails_and_the_disk_goes(
     shared: RunningAgent, image: Path, *, packed: bool
@@ -41,9 +49,7 @@ def test_what_waits_for_a_backend_that_is_gone_fails_and_the_disk_goes(
     with leaves_nothing(shared):
         path = attach(shared, image, packed=packed).path
         lose_backend(shared, image)
-        argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
-        readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
-        wait_until(lambda: in_flight(path) >= len(readers), "requests that wait")
+        readers = waiting_readers(path)
         assert detach_by_force(shared) < LONGEST_S
         for reader in readers:
             assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from csi_vduse.proto import agent_pb2
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
 from tests.vm.exports import exported, fio
 from tests.vm.test_agent import detach, inspect, refused
-from tests.vm.test_force_detach import LONGEST_S, detach_by_force, in_flight
+from tests.vm.test_force_detach import LONGEST_S, detach_by_force, in_flight, waiting_readers
 from tests.vm.test_recovery import verified_writing
 from tests.vm.vhost_user_servers import VOLUME, Server, attach, ours, qsd, rte, serving
 
@@ -150,9 +149,7 @@ def test_what_waits_for_a_server_that_hangs_fails_when_the_volume_is_taken_away(
     with leaves_nothing(shared):
         path = attach(shared, server)
         server.hang()
-        argv = ["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=4", "iflag=direct"]
-        readers = [subprocess.Popen(argv, stderr=subprocess.PIPE) for _ in range(3)]
-        wait_until(lambda: in_flight(path) >= len(readers), "requests that wait")
+        readers = waiting_readers(path)
         assert detach_by_force(shared) < LONGEST_S
         for reader in readers:
             assert b"Input/output error" in reader.communicate(timeout=CALL_TIMEOUT_S)[1]
