@@ -113,13 +113,15 @@ chaos-power-cuts:
 chaos-deaths:
 	@LAB=$(LAB) $(BIN)/python -m lab run --timeout 28800 -- $(PYTEST) -p no:cacheprovider tests/chaos/vm $(LONG)
 
+cluster-build cluster-up demo-kubernetes test-e2e test-cluster test-suite dashboard: export LAB := $(LAB)
+
 cluster-deps: lab-deps
 	@lab/install-cluster-deps.sh
 
 cluster-build: cluster-deps ## what the cluster lab is made of, into the cache: Kubernetes from source, images
 	@$(call TIMED,$(BIN)/python -m lab.cluster build)
 
-cluster-up: cluster-deps ## a Kubernetes cluster of two VMs with VDUSE kernels; kubectl: python -m lab.cluster kubectl
+cluster-up: cluster-deps ## a Kubernetes cluster of two machines with VDUSE kernels; kubectl: python -m lab.cluster kubectl
 	@$(call TIMED,$(BIN)/python -m lab.cluster up)
 
 cluster-down: install ## end the cluster
@@ -132,7 +134,7 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(PYTEST) tests/e2e)
 
-test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that is started, and ended: 15 minutes
+test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that is started, and ended
 	@$(call TIMED,$(PYTEST) tests/e2e -k life; \
 		passed=$$?; $(BIN)/python -m lab.cluster down; test $$passed = 0)
 

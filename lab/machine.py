@@ -148,6 +148,13 @@ class Machine:
     ) -> None:
         self.stop()
 
+    def prepare(self) -> None:
+        """Get what a boot needs into the cache, which can take minutes.
+
+        Raises LabSetupError when something is missing on the host.
+        """
+        self._vmm.prepare()
+
     # -- life ----------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
@@ -157,7 +164,7 @@ class Machine:
         """
         if self._running is not None:
             raise LabError(f"the machine `{self.name}` is up; stop it or cut its power first")
-        self._vmm.prepare()
+        self.prepare()
         started = time.monotonic()
         with contextlib.ExitStack() as undo:
             if self._lock is None:

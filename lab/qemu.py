@@ -66,7 +66,7 @@ class Qemu:
         self._port = free_port()
         path = f"{daemon.parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         with contextlib.ExitStack() as ours:
-            taps = [] if boot.hardware.nic is None else [open_tap(boot.hardware.nic)]
+            taps = [] if boot.hardware.nic is None else [open_tap(boot.hardware.nic, offloads=True)]
             for tap in taps:
                 ours.callback(os.close, tap)
             command = [sys.executable, "-m", "virtme.commands.run"]

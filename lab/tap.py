@@ -30,8 +30,10 @@ class Nic:
     mac: str
 
 
-def open_tap(nic: Nic) -> int:
+def open_tap(nic: Nic, *, offloads: bool) -> int:
     """Open the (existing) tap device; the caller closes the descriptor.
+
+    offloads: each packet has a header before it, with what is left to do (checksum, segments).
 
     Raises LabSetupError when it cannot be opened: no such namespace, or another QEMU holds it.
     """
@@ -41,7 +43,7 @@ def open_tap(nic: Nic) -> int:
     def enter_and_open() -> None:
         try:
             netns.setns(nic.namespace)
-            opened.append(_attach(nic.device))
+            opened.append(_attach(nic.device, _IFF_VNET_HDR if offloads else 0))
         except OSError as error:
             failed.append(error)
 
@@ -53,10 +55,10 @@ def open_tap(nic: Nic) -> int:
     return opened[0]
 
 
-def _attach(device: str) -> int:
+def _attach(device: str, flags: int) -> int:
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
-        request = struct.pack("16sH22x", device.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+        request = struct.pack("16sH22x", device.encode(), _IFF_TAP | _IFF_NO_PI | flags)
         fcntl.ioctl(tun, _TUNSETIFF, request)
     except OSError:
         os.close(tun)

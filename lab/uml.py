@@ -6,17 +6,19 @@ gone. The guest's root is the host's, under an overlay in memory (guest/uml.sh).
 What it does not test: processors in parallel, and Debian's own kernel; see docs/lab.md.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lab import uml_kernel
 from lab.errors import LabSetupError
 from lab.kernel import Kernel
 from lab.paths import GUEST_SCRIPTS
+from lab.tap import open_tap
 from lab.vmm import SSH_CARD, Boot
 
 _INFO = "uml.json"
@@ -41,17 +43,19 @@ class Uml:
         kernel = uml_kernel.obtain()
         if shutil.which("bwrap") is None:
             raise LabSetupError("bubblewrap is missing: run lab/install-deps.sh")
-        if boot.hardware.nic is not None:
-            raise LabSetupError("a machine of user-mode Linux has no second network card: unset LAB")
         own = [*boot.shared, *([boot.disk] if boot.hardware.disk_bytes else [])]
-        with (boot.folder / _INFO).open("wb") as info:
+        with contextlib.ExitStack() as ours:
+            info = ours.enter_context((boot.folder / _INFO).open("wb"))
+            taps = [] if boot.hardware.nic is None else [open_tap(boot.hardware.nic, offloads=False)]
+            for tap in taps:
+                ours.callback(os.close, tap)
             command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--die-with-parent"]
             command += ["--cap-add", "CAP_NET_ADMIN", "--info-fd", str(info.fileno())]
             command += ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run"]
             command += ["--dev-bind", "/dev/net/tun", "/dev/net/tun"]
             command += [word for path in own for word in ("--bind", str(path), str(path))]
-            command += ["sh", "-c", _LAUNCH, "sh", *_options(boot, kernel)]
-            return boot.keep(command, pass_fds=[info.fileno()])
+            command += ["sh", "-c", _LAUNCH, "sh", *_options(boot, kernel, taps)]
+            return boot.keep(command, pass_fds=[info.fileno(), *taps])
 
     def pid(self, folder: Path) -> int:
         """The kernel's process: the child of the first process of its namespace."""
@@ -64,13 +68,16 @@ class Uml:
         return {"ProxyCommand": f"nsenter --target $({find}) --net --pid busybox nc {_GUEST} 22"}
 
 
-def _options(boot: Boot, kernel: Kernel) -> list[str]:
-    """The kernel's command line, itself first."""
+def _options(boot: Boot, kernel: Kernel, taps: Iterable[int]) -> list[str]:
+    """The kernel's command line, itself first. taps: descriptors of the tap devices behind further cards."""
     disk = [f"ubd0={boot.disk}"] if boot.hardware.disk_bytes else []
+    mac = boot.hardware.nic.mac if boot.hardware.nic else ""
+    cards = [f"vec{number}:transport=fd,fd={tap},vec=0,mac={mac}" for number, tap in enumerate(taps, 1)]
     return [
         *(str(kernel.image), f"mem={boot.hardware.memory}", "seccomp=on", "uml_dir=/run/uml"),
         *("rootfstype=hostfs", "rootflags=/", "ro", *disk),
         f"vec0:transport=tap,ifname=tap0,mac={SSH_CARD}",
+        *cards,
         # The kernel's log is our error, and the start-up script's words our output.
         *("con=null", "con0=null,fd:2", "con1=null,fd:1", "ssl=null", "loglevel=6", "oops=panic"),
         *(f"init={GUEST_SCRIPTS / 'uml.sh'}", f"lab_machine={boot.folder}"),

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import kernel, virtiofsd
 from lab.cluster import access, bundle, kubernetes, network, product_image, small_images
 from lab.cluster.control_plane import ControlPlane
 from lab.cluster.layout import Layout
@@ -55,9 +54,8 @@ class Cluster:
 
     def build(self) -> Built:
         """Make what a cluster is made of, as far as the cache lacks it."""
-        with step("kernel and virtiofsd"):
-            kernel.obtain()
-            virtiofsd.obtain()
+        with step("kernel"):
+            Machine().prepare()
         with step("helm"):
             helm = Path(run([str(CHECKOUT / "tools" / "build_helm.sh")], timeout_s=_HELM_S).strip())
         made = kubernetes.obtain()

@@ -39,7 +39,6 @@ class NodeMachine:
         self._configuration.write_text(configuration(self._layout, self.node, kube))
         machine = Machine(
             self.node.machine,
-            kind="qemu",
             memory=MEMORY,
             disk_bytes=DISK_BYTES,
             scratch_bytes=GIB // 4,

@@ -17,12 +17,19 @@ socket=/run/containerd/containerd.sock
 # An emulator whose other processor is just in that code ends the guest (int3 panic): kubelet and containers did that in
 # the midst of everything. So it is done now, and the groups stay, while the guest has a single processor.
 account() {
-    others=(/sys/devices/system/cpu/cpu[1-9]*/online)
-    for online in "${others[@]}"; do echo 0 >"$online"; done
-    echo "+cpuset +cpu +io +memory +pids" >/sys/fs/cgroup/cgroup.subtree_control
+    others=$(compgen -G '/sys/devices/system/cpu/cpu[1-9]*/online') || true
+    for online in $others; do echo 0 >"$online"; done
+    for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do    # user-mode Linux has no cpuset
+        echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
+    done
     mkdir -p /sys/fs/cgroup/node /sys/fs/cgroup/first
     echo "100000 100000" >/sys/fs/cgroup/first/cpu.max
-    for online in "${others[@]}"; do echo 1 >"$online"; done
+    for online in $others; do echo 1 >"$online"; done
+    # user-mode Linux does not know how fast its processor is, without which kubelet does not start
+    if ! grep -q MHz /proc/cpuinfo; then
+        { cat /proc/cpuinfo && echo "cpu MHz : 1000.000"; } >/run/cpuinfo
+        mount --bind /run/cpuinfo /proc/cpuinfo
+    fi
 }
 
 network() {
