@@ -23,6 +23,7 @@ from csi_vduse.agent.attach import Node, attach, bounce_bytes_of, device_spec
 from csi_vduse.agent.attachments import ASK_TIMEOUT_S, Attachments
 from csi_vduse.agent.change import resize, throttle
 from csi_vduse.agent.detach import detach
+from csi_vduse.agent.growth import Growth
 from csi_vduse.agent.handover import handover
 from csi_vduse.agent.limits import this_machine, volume_limit
 from csi_vduse.agent.model import (
@@ -79,6 +80,8 @@ class Agent:
         self._max_volumes = node.config.max_volumes or volume_limit(this_machine(), queues=default_queues())
         self._volumes = Attachments(node, exit_code=exit_code)
         self._recovery = Recovery(node, self._volumes, self.detach)
+        self._growth = Growth(self._volumes, self.resize)
+        self._volumes.on_hold = self._growth.listen
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watchdog: Watchdog | None = None
         self._refusing = ""
@@ -268,6 +271,7 @@ class Agent:
         self._recovery.close()
         if self._watchdog is not None:
             await self._watchdog.close()
+        await self._growth.close()
         await self._volumes.reviver.close()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)

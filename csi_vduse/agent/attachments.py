@@ -36,6 +36,7 @@ class Attachments:
         # What requests wait for, as the workers said when they were last asked.
         self._waits: dict[str, str] = {}
         self.reviver = Reviver(self._serve_again)
+        self.on_hold: Callable[[str, Worker], None] = lambda _volume_id, _worker: None
 
     def require(self, volume_id: str) -> Attachment:
         """Return an attachment as it was last recorded.
@@ -118,6 +119,8 @@ class Attachments:
         worker.on_exit = ended
         if not worker.alive:
             ended(worker)
+        else:
+            self.on_hold(volume_id, worker)
 
     async def find_worker(self, attachment: Attachment) -> Worker | None:
         """Find the worker that an earlier agent left, and hold it."""

@@ -46,6 +46,7 @@ class Worker:
         self._listen_path = listen_path
         self._lock = asyncio.Lock()
         self._closed = False
+        self._news_fd = -1
         self._watch = ProcessWatch(pid, pidfd, self._exited)
 
     @property
@@ -84,6 +85,19 @@ class Worker:
         finally:
             if self._closed:
                 self._close_control()
+
+    async def report_to(self, on_news: Callable[[], None], *, timeout_s: float) -> None:
+        """Have on_news called, in the event loop, when its stats say something new, and once now; raises as `call`."""
+        if self._news_fd < 0:
+            self._news_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        news_fd = self._news_fd
+
+        def ready() -> None:
+            os.eventfd_read(news_fd)
+            on_news()
+
+        asyncio.get_running_loop().add_reader(news_fd, ready)
+        await self.call({"op": "news"}, [news_fd], timeout_s=timeout_s)
 
     def listen_at(self, path: Path) -> None:
         """Let it be found at another path, in the place of whoever was found there."""
@@ -124,6 +138,10 @@ class Worker:
         self.on_exit = None
         self._watch.close()
         self._closed = True
+        if self._news_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._news_fd)
+            os.close(self._news_fd)
+            self._news_fd = -1
         # Else whoever waits for an answer would wait on a descriptor of somebody else.
         if not self._lock.locked():
             self._close_control()

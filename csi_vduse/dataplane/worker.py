@@ -72,6 +72,7 @@ class Worker:
         self._served: ServedDevice | None = None
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarm_muted_until = 0.0
+        self._news_fd: int | None = None  # where the agent is told that the stats say something new
         self._backend_log = BackendLog()
         self._resume_at: float | None = None
         self._running = True
@@ -143,6 +144,8 @@ class Worker:
                 self._resume()
             case "stats":
                 return self._device.describe()
+            case "news":
+                self._report_to(fds)
             case "stop":
                 self._stop()
             case other:
@@ -156,6 +159,15 @@ class Worker:
         if self._served is None:
             raise FailedPrecondition("this worker has not been started", hint="send it a start request first")
         return self._served
+
+    def _report_to(self, fds: list[int]) -> None:
+        """Have an eventfd written when the stats say something new, and now: for what nobody was told of."""
+        if len(fds) != 1:
+            raise InvalidArgument(f"news came with {len(fds)} descriptors", hint="send an eventfd")
+        if self._news_fd is not None:
+            os.close(self._news_fd)
+        self._news_fd = fds.pop()
+        os.eventfd_write(self._news_fd, 1)
 
     def _prepare(self, message: channel.Message, fds: list[int]) -> None:
         """Do of a start with a log what can be done while another worker serves the device: check, and warm up."""
@@ -307,6 +319,8 @@ class Worker:
             return
         engine = self._served.engine
         self._backend_log.tell(engine)
+        if self._news_fd is not None:
+            os.eventfd_write(self._news_fd, 1)
         for queue, fault in engine.faults().items():
             tell_fault(queue, fault)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,6 +125,34 @@ def test_no_write_is_lost_when_any_of_them_is_killed(
         detach(shared)
 
 
+# Neither QEMU 7.2 nor, as anything but an experiment, DPDK 22.11 tells of it.
+@pytest.mark.parametrize("server", [ours], indirect=True)
+@pytest.mark.parametrize("limits", [None, agent_pb2.Throttle(iops=10000)], ids=["direct", "mediated"])
+def test_a_disk_that_grows_at_its_server_grows(
+    shared: RunningAgent, server: Server, image: Path, limits: agent_pb2.Throttle | None
+):
+    with leaves_nothing(shared):
+        disk = Path("/sys/class/block", Path(attach(shared, server, throttle=limits)).name, "size")
+        for size_bytes in (24 * MIB, 32 * MIB):  # the second with another worker
+            server.grow(image, size_bytes)
+            wait_until(lambda wanted=size_bytes // 512: int(disk.read_text()) == wanted, "the disk's size")
+            assert inspect(shared).attachment.capacity_bytes == size_bytes
+            kill_worker(shared)
+            wait_until(lambda: remote(shared).connected == 1, "a connection")
+        assert int(disk.read_text()) == 32 * MIB // 512
+        detach(shared)
+
+
+@pytest.mark.parametrize("server", [ours], indirect=True)
+def test_a_disk_that_is_shown_in_part_stays_as_it_is(shared: RunningAgent, server: Server, image: Path):
+    with leaves_nothing(shared):
+        path = attach(shared, server, capacity_bytes=8 * MIB)
+        server.grow(image, 24 * MIB)
+        fio(Path(path), "libaio", "--number_ios=100", *JOB)
+        assert inspect(shared).attachment.capacity_bytes == 8 * MIB
+        detach(shared)
+
+
 def test_a_volume_is_handed_over_and_held(shared: RunningAgent, server: Server, image: Path):
     with leaves_nothing(shared):
         path = attach(shared, server)
@@ -148,6 +177,10 @@ def test_what_waits_for_a_server_that_hangs_fails_when_the_volume_is_taken_away(
 ):
     with leaves_nothing(shared):
         path = attach(shared, server)
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "count=1"], check=True, capture_output=True)
+        wait_until(
+            lambda: in_flight(path) == 0, "the scan for partitions, which later readers would wait for"
+        )
         server.hang()
         readers = waiting_readers(path)
         assert detach_by_force(shared) < LONGEST_S

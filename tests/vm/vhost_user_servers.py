@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -43,6 +44,11 @@ class Server:
             lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()),
             "a stop of all threads",
         )
+
+    def grow(self, image: Path, size_bytes: int) -> None:
+        """Make its disk larger, of which it tells by itself: one of ours."""
+        os.truncate(image, size_bytes)
+        self.process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
         self.process.kill()

@@ -40,6 +40,7 @@ class FrontEnd:
 
     def __init__(self, sock: socket.socket, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self.sock = sock
+        self.changes: socket.socket | None = None
         self._timeout_s = timeout_s
 
     def shut(self) -> None:
@@ -48,13 +49,29 @@ class FrontEnd:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection and close the socket."""
+        """End the connection and close the sockets."""
         self.sock.close()
+        if self.changes is not None:
+            self.changes.close()
 
     def listen(self) -> None:
         """Take in what the server sends without having been asked: nothing but its end may come."""
-        self._receive(1, time.monotonic())
+        self._receive(self.sock, 1, time.monotonic())
         raise ProtocolError("the vhost-user server answered what was not asked")
+
+    def open_changes(self) -> None:
+        """Give the server the channel `changes`, to tell on it when its configuration space is another one."""
+        self.changes, theirs = socket.socketpair()
+        with theirs:
+            self._tell(requests.changes_channel(), [theirs.fileno()])
+
+    def take_change(self) -> None:
+        """Take in that the configuration space is another one."""
+        if self.changes is None:
+            return
+        header = self._receive(self.changes, HEADER_BYTES, time.monotonic() + self._timeout_s)
+        if answer := requests.check_change(header):
+            self._write(self.changes, answer, [])
 
     def negotiate(self) -> Offer:
         """Begin: agree on the protocol, and hear what the server offers."""
@@ -104,34 +121,33 @@ class FrontEnd:
 
     def _ask(self, question: Question, fds: Sequence[int] = (), *, bounded: bool = True) -> bytes:
         deadline = time.monotonic() + self._timeout_s if bounded else None
-        self._send(question, fds)
+        self._write(self.sock, requests.encode(question), fds)
         if not question.answer_bytes:
             return b""
-        requests.check_answer(self._receive(HEADER_BYTES, deadline), question)
-        return self._receive(question.answer_bytes, deadline)
+        requests.check_answer(self._receive(self.sock, HEADER_BYTES, deadline), question)
+        return self._receive(self.sock, question.answer_bytes, deadline)
 
     def _tell(self, question: Question, fds: Sequence[int] = ()) -> None:
         result = requests.number_in(self._ask(question, fds))
         if result:
             raise ProtocolError(f"the vhost-user server refused {question.request.name} ({result})")
 
-    def _send(self, question: Question, fds: Sequence[int]) -> None:
+    def _write(self, sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
-        data = requests.encode(question)
         try:
             # A message is shorter than any socket's buffer, and nothing else is under way.
-            sent = self.sock.sendmsg([data], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = sock.sendmsg([data], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
             raise Unavailable(f"the vhost-user server is gone: {error.strerror}") from error
         if sent != len(data):
             raise Unavailable("the vhost-user server does not read what it is sent")
 
-    def _receive(self, count: int, deadline: float | None) -> bytes:
+    def _receive(self, sock: socket.socket, count: int, deadline: float | None) -> bytes:
         data = b""
         while len(data) < count:
-            self.sock.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
+            sock.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
             try:
-                piece = self.sock.recv(count - len(data))
+                piece = sock.recv(count - len(data))
             except TimeoutError:
                 raise DeadlineExceeded(
                     f"the vhost-user server has not answered for {self._timeout_s:g} s",

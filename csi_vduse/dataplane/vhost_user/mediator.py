@@ -155,7 +155,7 @@ class Mediator(ServerSession):
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters, and the connection's."""
-        return self._engine.stats() | {"remote": self.remote_stats()}
+        return self._engine.stats() | {"remote": self.remote_stats(), "grown_bytes": self.grown_bytes()}
 
     def close(self) -> None:
         """Let go of the server, the backend and the memory."""

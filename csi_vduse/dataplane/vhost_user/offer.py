@@ -41,7 +41,11 @@ _OF_DISK: Final = _CARRIED & ~(
 )
 # What we use where it is offered, and what nothing goes without.
 WANTED: Final = (
-    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 _NEEDED: Final = {
     ProtocolFeature.REPLY_ACK: "does not acknowledge requests (REPLY_ACK)",
@@ -86,6 +90,11 @@ class Offer:
     def keeps_log(self) -> bool:
         """Whether it notes what is in flight, for a server that comes after it."""
         return bool(self.protocol_features & ProtocolFeature.INFLIGHT_SHMFD)
+
+    @property
+    def tells_changes(self) -> bool:
+        """Whether it says when its configuration space is another one, on a channel for that."""
+        return bool(self.protocol_features & ProtocolFeature.BACKEND_REQ)
 
     @property
     def capacity_bytes(self) -> int:

@@ -149,7 +149,7 @@ class Relay(ServerSession):
     def stats(self) -> dict[str, Any]:
         """What can be counted here, in the shape of VolumeStats in agent.proto."""
         interrupts = int(lib.vd_relay_interrupts(self._interrupts))
-        return {"interrupts": interrupts, "remote": self.remote_stats()}
+        return {"interrupts": interrupts, "remote": self.remote_stats(), "grown_bytes": self.grown_bytes()}
 
     def close(self) -> None:
         """Let go of the server and of the memory; queues that it still works on are cut off."""

@@ -23,6 +23,7 @@ from csi_vduse.dataplane.vhost_user.protocol import (
     VERSION,
     VRING_ADDRESS,
     VRING_STATE,
+    BackendRequest,
     Inflight,
     MemoryRegion,
     Request,
@@ -91,6 +92,11 @@ def features(bits: int) -> Question:
     return _said(Request.SET_FEATURES, NUMBER.pack(bits))
 
 
+def changes_channel() -> Question:
+    """Give a socket on which the server tells of changes, its descriptor with it."""
+    return _said(Request.SET_BACKEND_REQ_FD, b"")
+
+
 def of_ring(request: Request, index: int, value: int) -> Question:
     """Say a number that belongs to a queue."""
     return _said(request, VRING_STATE.pack(index, value))
@@ -144,6 +150,20 @@ def inflight(log: Inflight) -> Question:
 
 def _said(request: Request, payload: bytes) -> Question:
     return Question(request, payload, NUMBER.size, acknowledged=True)
+
+
+def check_change(header: bytes) -> bytes:
+    """Check what a server told of a change, HEADER_BYTES; returns the answer that it wants, if any.
+
+    Raises:
+        ProtocolError: it tells of something else.
+    """
+    request, flags, size = HEADER.unpack(header)
+    if request != BackendRequest.CONFIG_CHANGE or flags & ~NEED_REPLY != VERSION or size:
+        raise ProtocolError(
+            f"the server told of a change by request {request}, flags {flags:#x}, {size} bytes"
+        )
+    return HEADER.pack(request, VERSION | REPLY, NUMBER.size) + NUMBER.pack(0) if flags & NEED_REPLY else b""
 
 
 def number_in(answer: bytes) -> int:

@@ -72,6 +72,9 @@ class ServerSession:
         self._new_link: FrontEnd | None = None  # that is not ready yet
         self._unsure = False  # the last server was left by us, and may still be at the driver's memory
         self._capacity_bytes: int | None = spec.capacity_bytes  # of the server's disk; None: to be asked for
+        self._shown_bytes = spec.capacity_bytes
+        self._whole = False  # what changed had been shown whole
+        self._grown_bytes = 0  # what the server said its disk has become, where that is shown whole
         self._features = 0
         self._logged_queues = 0  # that the server has been told of, and has the log of
         self._state, self._reason = "connected", ""
@@ -162,6 +165,11 @@ class ServerSession:
                 f"capacity {capacity_bytes} is more than the {found} bytes of the server's disk",
                 hint="grow it there first",
             )
+        self._shown_bytes = capacity_bytes
+
+    def grown_bytes(self) -> int:
+        """Size that the server said its disk has become, to be shown; 0: it has not grown, or was not shown whole."""
+        return self._grown_bytes if self._grown_bytes > self._shown_bytes else 0
 
     def backend_status(self) -> BackendStatus:
         """Return how the connection is."""
@@ -273,6 +281,8 @@ class ServerSession:
             )
             self._check_fits(offer)
             link.set_features(server_features(self.features_of(offer)))
+            if offer.tells_changes:
+                link.open_changes()
         except BaseException:
             link.close()
             raise
@@ -303,6 +313,10 @@ class ServerSession:
         with self._changed:
             self._capacity_bytes = capacity_bytes
             self._changed.notify_all()
+            if self._whole:
+                self._whole, self._grown_bytes = False, capacity_bytes
+                self._log.info("the vhost-user server's disk has another size", capacity_bytes=capacity_bytes)
+                os.eventfd_write(self._event_fd, 1)
 
     def _give_log(self, link: FrontEnd, queues: int) -> None:
         """Give the log of these queues and no others: rte_vhost serves none until all that it has a log of are there."""
@@ -345,12 +359,19 @@ class ServerSession:
             link, timeout_s = self._link, None
             if link is None and self._needs_link():
                 timeout_s = max(0.0, self._retry_at - time.monotonic())
-        watched: list[Any] = [self._wake_fd, *([link.sock] if link else [])]
+        watched: list[Any] = [self._wake_fd]
+        if link is not None:
+            watched += [sock for sock in (link.sock, link.changes) if sock is not None]
         ready, _, _ = select.select(watched, [], [], timeout_s)
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         if link is not None and link.sock in ready:
             link.listen()
+        if link is not None and link.changes in ready:
+            link.take_change()
+            with self._changed:
+                self._whole |= self._capacity_bytes == self._shown_bytes
+                self._capacity_bytes = None  # to be asked for
 
     def _lose(self, error: VduseError | OSError) -> None:
         """The server is away, or not what it should be: what it worked on waits for the next one."""
