@@ -58,7 +58,7 @@ def fork_broker(backend: NbdBackend | VhostUserBackend) -> Broker:
     return Broker(ours, alive_fd)
 
 
-def dial(channel: socket.socket) -> socket.socket:
+def dial(channel: socket.socket) -> tuple[socket.socket, frontend.Pair]:
     """Have a vhost-user backend's broker connect, in the worker.
 
     Raises:
@@ -67,13 +67,14 @@ def dial(channel: socket.socket) -> socket.socket:
     channel.settimeout(_ANSWER_TIMEOUT_S)
     try:
         channel.send(b"?")
-        room = socket.CMSG_LEN(array.array("i").itemsize)
+        room = socket.CMSG_LEN(3 * array.array("i").itemsize)
         reason, ancillary, _, _ = channel.recvmsg(_ANSWER_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise Unavailable(f"the worker's broker does not answer: {error}") from error
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            return socket.socket(fileno=array.array("i", data)[0])
+            sock, ours, theirs = (socket.socket(fileno=fd) for fd in array.array("i", data))
+            return sock, (ours, theirs)
     raise Unavailable(reason.decode(errors="replace") or "the worker's broker has ended")
 
 
@@ -81,12 +82,12 @@ def _connect_for(path: Path, fd: int) -> int:
     with socket.socket(fileno=fd) as channel:
         while channel.recv(1):
             try:
-                sock = frontend.connect(path)
+                sock, (ours, theirs) = frontend.dial(path)
             except VduseError as error:
                 channel.send(str(error).encode()[:_ANSWER_BYTES])
                 continue
-            with sock:
-                socket.send_fds(channel, [b"+"], [sock.fileno()])
+            with sock, ours, theirs:
+                socket.send_fds(channel, [b"+"], [sock.fileno(), ours.fileno(), theirs.fileno()])
     return 0
 
 

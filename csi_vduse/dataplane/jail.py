@@ -19,7 +19,6 @@ import contextlib
 import errno
 import os
 import resource
-import socket
 import struct
 from collections.abc import Callable, Collection
 from typing import Final
@@ -221,8 +220,6 @@ def _filter_calls() -> None:
         _allow(rules, "ioctl", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, mask, number))
     for name in ("mmap", "mprotect"):
         _allow(rules, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, 4, 0))  # not PROT_EXEC
-    # Two ends of ours: a vhost-user server is given one.
-    _allow(rules, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, socket.AF_UNIX))
     # An address of two bytes is none: it ends a connection, and can make no other (goodbye.c).
     _allow(rules, "connect", pyseccomp.Arg(2, pyseccomp.EQ, 2))
     _allow(rules, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, lib.PR_SET_NAME))

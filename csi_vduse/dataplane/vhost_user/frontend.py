@@ -31,16 +31,23 @@ from csi_vduse.errors import DeadlineExceeded, NotFound, PermissionDenied, Proto
 ANSWER_TIMEOUT_S: Final = 10.0
 
 
+Pair = tuple[socket.socket, socket.socket]
+"""The channel on which a server tells of changes: our end, and the server's."""
+
+
 class FrontEnd:
-    """The front-end's end; owns the socket.
+    """The front-end's end; owns the sockets.
 
     Every method raises Unavailable if the server is gone, DeadlineExceeded if it does not answer in time, and
     ProtocolError if it answers something else or refuses.
     """
 
-    def __init__(self, sock: socket.socket, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    def __init__(
+        self, sock: socket.socket, changes: Pair | None = None, *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
         self.sock = sock
-        self.changes: socket.socket | None = None
+        self.changes = changes[0] if changes else None
+        self._for_server = changes[1] if changes else None
         self._timeout_s = timeout_s
 
     def shut(self) -> None:
@@ -51,8 +58,9 @@ class FrontEnd:
     def close(self) -> None:
         """End the connection and close the sockets."""
         self.sock.close()
-        if self.changes is not None:
-            self.changes.close()
+        for end in (self.changes, self._for_server):
+            if end is not None:
+                end.close()
 
     def listen(self) -> None:
         """Take in what the server sends without having been asked: nothing but its end may come."""
@@ -61,9 +69,9 @@ class FrontEnd:
 
     def open_changes(self) -> None:
         """Give the server the channel `changes`, to tell on it when its configuration space is another one."""
-        self.changes, theirs = socket.socketpair()
-        with theirs:
-            self._tell(requests.changes_channel(), [theirs.fileno()])
+        if self._for_server is not None:
+            with self._for_server as theirs:
+                self._tell(requests.changes_channel(), [theirs.fileno()])
 
     def take_change(self) -> None:
         """Take in that the configuration space is another one."""
@@ -180,6 +188,11 @@ def connect(path: Path) -> socket.socket:
             text, hint="see that it runs, and where it listens"
         ) from error
     return sock
+
+
+def dial(path: Path) -> tuple[socket.socket, Pair]:
+    """Connect, with a channel for changes: all that a FrontEnd is made of; raises as connect."""
+    return connect(path), socket.socketpair()
 
 
 def probe(path: Path) -> Offer:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from csi_vduse import log
 from csi_vduse.dataplane.backend_spec import VhostUserBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.engine import BackendStatus
-from csi_vduse.dataplane.vhost_user.frontend import FrontEnd
+from csi_vduse.dataplane.vhost_user.frontend import FrontEnd, Pair
 from csi_vduse.dataplane.vhost_user.offer import Offer, server_features
 from csi_vduse.dataplane.vhost_user.protocol import VringAddress
 from csi_vduse.dataplane.vhost_user.relayed import Memory, Ring, ServerLog
@@ -41,7 +42,7 @@ class ServerSession:
     Args:
         backend: where it is.
         spec: what the device shows.
-        dial: makes a connection to the server; as frontend.connect.
+        dial: makes a connection to the server; as frontend.dial.
         event_fd: eventfd that is written when the connection's state changes.
         server_log: that the servers keep, if they are to.
     """
@@ -53,7 +54,7 @@ class ServerSession:
         backend: VhostUserBackend,
         spec: DeviceSpec,
         *,
-        dial: Callable[[], Any],
+        dial: Callable[[], tuple[socket.socket, Pair]],
         event_fd: int,
         server_log: ServerLog | None = None,
     ) -> None:
@@ -267,7 +268,7 @@ class ServerSession:
         return not self._knows_capacity() or any(ring.wanted for ring in self._rings.values())
 
     def _connect(self) -> None:
-        link = FrontEnd(self._dial())
+        link = FrontEnd(*self._dial())
         with self._changed:
             self._new_link = link
             if self._closing:

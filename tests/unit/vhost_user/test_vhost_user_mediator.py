@@ -26,14 +26,14 @@ from tests.unit.vhost_user.test_vhost_user_frontend import honest, reply
 from tests.unit.vhost_user.test_vhost_user_relay import IMAGE_BYTES, TIMEOUT_S, Driver, serving, until
 from tests.vhost_user.frontend import SIZE
 
+Dial = Callable[[], tuple[socket.socket, frontend.Pair]]
+
 
 class MediatedDriver(Driver):
     """The same driver, with a mediator in the relay's place."""
 
-    def __init__(
-        self, folder: Path, socket_path: Path, dial: Callable[[], socket.socket] | None = None
-    ) -> None:
-        self._dial = dial or (lambda: frontend.connect(socket_path))
+    def __init__(self, folder: Path, socket_path: Path, dial: Dial | None = None) -> None:
+        self._dial = dial or (lambda: frontend.dial(socket_path))
         super().__init__(folder, socket_path)
 
     def _relay(self) -> Mediator:  # type: ignore[override]
@@ -149,7 +149,7 @@ def test_limits_are_kept(driver: MediatedDriver, image: Path) -> None:
 
 
 @contextmanager
-def puppet() -> Iterator[Callable[[], socket.socket]]:
+def puppet() -> Iterator[Dial]:
     """A server that says yes to everything and works on no ring."""
     ends: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -161,12 +161,12 @@ def puppet() -> Iterator[Callable[[], socket.socket]]:
                 payload = end.recv(size, socket.MSG_WAITALL) if size else b""
                 end.sendall(obedient(request, payload))
 
-    def dial() -> socket.socket:
+    def dial() -> tuple[socket.socket, frontend.Pair]:
         ours, theirs = socket.socketpair()
         ends.append(theirs)
         threads.append(threading.Thread(target=serve, args=(theirs,)))
         threads[-1].start()
-        return ours
+        return ours, socket.socketpair()
 
     yield dial
     for thread in threads:

@@ -57,7 +57,7 @@ class Driver:
                 VhostUserBackend(self.socket_path),
                 DeviceSpec("disk", IMAGE_BYTES, queue_size=SIZE),
                 server_log=ServerLog(file.fileno(), self.identity.place),
-                dial=lambda: frontend.connect(self.socket_path),
+                dial=lambda: frontend.dial(self.socket_path),
                 event_fd=self.event_fd,
             )
 
