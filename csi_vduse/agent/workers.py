@@ -88,6 +88,8 @@ class Worker:
 
     async def report_to(self, on_news: Callable[[], None], *, timeout_s: float) -> None:
         """Have on_news called, in the event loop, when its stats say something new, and once now; raises as `call`."""
+        if self._closed:  # nobody would close the eventfd
+            raise Unavailable(f"worker {self.pid} is dead")
         if self._news_fd < 0:
             self._news_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         news_fd = self._news_fd
