@@ -47,7 +47,7 @@ def server(raw: bytes) -> None:
         said = Offer(
             features, ProtocolFeature(protocol_features & WANTED), queues, requests.config_in(answer)
         )
-        said.check(read_only=bool(raw[:1]), without_flush=True)
+        said.check(read_only=bool(raw[:1]), without_flush=True, keeps_log=bool(raw[1:2]))
         DeviceSpec("disk", said.capacity_bytes, said.block_size_bytes, queues=min(said.queues, MAX_QUEUES))
         said.device_config(min(said.queues, MAX_QUEUES), said.capacity_bytes)
 

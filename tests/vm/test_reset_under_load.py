@@ -110,6 +110,7 @@ def test_no_acknowledged_write_is_lost_when_the_driver_is_reset_under_load(
                     writer.join()
                     assert writer.error is not None
             wait_until(lambda: bool(disks(device)), "return of the disk")
+            (disk,) = disks(device)
             for writer in writers:
-                check(*disks(device), writer)
+                check(disk, writer)
         detach(shared)
