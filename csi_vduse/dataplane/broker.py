@@ -8,7 +8,6 @@ ends with the worker. It stays root, since keys and sockets may be root's, witho
 
 from __future__ import annotations
 
-import array
 import functools
 import os
 import signal
@@ -27,6 +26,7 @@ from csi_vduse.errors import Unavailable, VduseError
 
 _FIRST_PRIVATE_FD = 3
 _ANSWER_BYTES: Final = 512  # of a reason; the empty one comes with a connection
+_CONNECTION_FDS: Final = 3  # the connection, and both ends of the channel for changes
 _ANSWER_TIMEOUT_S: Final = 5.0  # a unix socket connects at once or not
 
 
@@ -67,14 +67,16 @@ def dial(channel: socket.socket) -> tuple[socket.socket, frontend.Pair]:
     channel.settimeout(_ANSWER_TIMEOUT_S)
     try:
         channel.send(b"?")
-        room = socket.CMSG_LEN(3 * array.array("i").itemsize)
-        reason, ancillary, _, _ = channel.recvmsg(_ANSWER_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+        reason, fds, _, _ = socket.recv_fds(channel, _ANSWER_BYTES, _CONNECTION_FDS, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise Unavailable(f"the worker's broker does not answer: {error}") from error
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            sock, ours, theirs = (socket.socket(fileno=fd) for fd in array.array("i", data))
-            return sock, (ours, theirs)
+    if len(fds) == _CONNECTION_FDS:
+        sock, ours, theirs = (socket.socket(fileno=fd) for fd in fds)
+        return sock, (ours, theirs)
+    for fd in fds:
+        os.close(fd)
+    if fds:
+        raise Unavailable("the worker has no room for the descriptors of a connection")
     raise Unavailable(reason.decode(errors="replace") or "the worker's broker has ended")
 
 
@@ -83,7 +85,7 @@ def _connect_for(path: Path, fd: int) -> int:
         while channel.recv(1):
             try:
                 sock, (ours, theirs) = frontend.dial(path)
-            except VduseError as error:
+            except (VduseError, OSError) as error:
                 channel.send(str(error).encode()[:_ANSWER_BYTES])
                 continue
             with sock, ours, theirs:

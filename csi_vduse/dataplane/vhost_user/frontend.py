@@ -26,7 +26,14 @@ from csi_vduse.dataplane.vhost_user.protocol import (
     VringAddress,
 )
 from csi_vduse.dataplane.vhost_user.requests import Question
-from csi_vduse.errors import DeadlineExceeded, NotFound, PermissionDenied, ProtocolError, Unavailable
+from csi_vduse.errors import (
+    DeadlineExceeded,
+    NotFound,
+    PermissionDenied,
+    ProtocolError,
+    Unavailable,
+    VduseError,
+)
 
 ANSWER_TIMEOUT_S: Final = 10.0
 
@@ -191,8 +198,14 @@ def connect(path: Path) -> socket.socket:
 
 
 def dial(path: Path) -> tuple[socket.socket, Pair]:
-    """Connect, with a channel for changes: all that a FrontEnd is made of; raises as connect."""
-    return connect(path), socket.socketpair()
+    """Connect, with a channel for changes: all that a FrontEnd is made of; raises as connect, and OSError."""
+    changes = socket.socketpair()
+    try:
+        return connect(path), changes
+    except VduseError:
+        for end in changes:
+            end.close()
+        raise
 
 
 def probe(path: Path) -> Offer:
