@@ -28,6 +28,7 @@ from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.inflight import LogIdentity
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.dataplane.vhost_user import frontend
+from csi_vduse.dataplane.vhost_user.net_offer import NetOffer, card_config
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
 from csi_vduse.vdpa.model import Bus, BusDevice
 from csi_vduse.vdpa.sysfs import Sysfs
@@ -94,6 +95,7 @@ def device_spec(spec: AttachSpec) -> DeviceSpec:
         queue_size=spec.queue_size,
         read_only=spec.read_only,
         packed=spec.packed,
+        is_network=spec.is_network,
     )
 
 
@@ -157,6 +159,8 @@ async def _meet(node: Node, spec: AttachSpec) -> tuple[AttachSpec, DeviceSpec]:
     if not isinstance(spec.backend, VhostUserBackend):
         return spec, geometry
     _refuse_second_user(node, spec)
+    if spec.is_network:
+        return spec, await _meet_network(spec.backend, geometry)
     offer = await asyncio.to_thread(frontend.probe, spec.backend.socket)
     # Limits and packed rings are the engine's; and it keeps the log, or writes away, where the server does not.
     mediated = spec.backend.mediated or spec.packed or spec.throttle != UNLIMITED or not offer.keeps_log
@@ -181,6 +185,12 @@ async def _meet(node: Node, spec: AttachSpec) -> tuple[AttachSpec, DeviceSpec]:
         )
     spec = replace(spec, backend=replace(spec.backend, mediated=mediated))
     return spec, replace(geometry, shown=shown)
+
+
+async def _meet_network(backend: VhostUserBackend, geometry: DeviceSpec) -> DeviceSpec:
+    offer = await asyncio.to_thread(frontend.probe, backend.socket, NetOffer)
+    offer.check(read_only=False, without_flush=True, keeps_log=False)
+    return replace(geometry, shown=(offer.device_features(geometry.queues), card_config(geometry.name)))
 
 
 def _refuse_second_user(node: Node, spec: AttachSpec) -> None:
@@ -321,6 +331,7 @@ def _start_arguments(node: Node, attachment: Attachment) -> dict[str, Any]:
         "queue_size": spec.queue_size,
         "block_size_bytes": spec.block_size_bytes,
         "packed": spec.packed,
+        "is_network": spec.is_network,
         "inflight": _log_identity(node, spec).to_json(),
     }
 

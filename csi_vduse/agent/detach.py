@@ -149,7 +149,7 @@ async def _end(worker: Worker) -> None:
 
 async def _refuse_if_used(node: Node, attachment: Attachment) -> None:
     name, device = attachment.device_name, node.sysfs.find(attachment.device_name, attachment.spec.bus)
-    if device is None:
+    if device is None or attachment.spec.is_network:
         return
     if points := node.sysfs.mount_points(name):
         raise FailedPrecondition(

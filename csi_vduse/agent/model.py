@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from csi_vduse.dataplane import backend_spec, throttle
-from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend, NbdBackend
+from csi_vduse.dataplane.backend_spec import BackendSpec, ErrorBackend, NbdBackend, VhostUserBackend
 from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
+from csi_vduse.dataplane.vhost_user.net_offer import QUEUES as CARD_QUEUES
 from csi_vduse.errors import DataLoss, InvalidArgument
 from csi_vduse.vdpa.model import Bus, BusDevice
 
@@ -105,6 +106,7 @@ class AttachSpec:
         block_size_bytes: 0 means 512.
         packed: offer packed virtqueues; drivers that cannot use them take split ones.
         throttle: how fast it may be; changes by `Agent.throttle`.
+        is_network: a network card and no disk; of a vhost-user backend, with a capacity of 0.
         serial: of a disk that was attached before; empty: see disk_serial. Not asked for, so not compared.
     """
 
@@ -118,6 +120,7 @@ class AttachSpec:
     block_size_bytes: int = 0
     packed: bool = False
     throttle: Throttle = UNLIMITED
+    is_network: bool = False
     serial: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +131,12 @@ class AttachSpec:
             or "\0" in self.volume_id
         ):
             raise InvalidArgument(f"volume id {self.volume_id[:40]!r} is empty or longer than 128 bytes")
+        if self.is_network and (
+            not isinstance(self.backend, VhostUserBackend) or self.bus is not Bus.VIRTIO or self.packed
+        ):
+            raise InvalidArgument(
+                "a network card is made of a vhost-user server, on the bus virtio_vdpa, with split queues"
+            )
 
     @property
     def device_name(self) -> str:
@@ -143,7 +152,7 @@ class AttachSpec:
         """Return the spec with its zeros replaced; `queues` is this node's default."""
         return replace(
             self,
-            queues=self.queues or queues,
+            queues=CARD_QUEUES if self.is_network else self.queues or queues,
             queue_size=self.queue_size or DEFAULT_QUEUE_SIZE,
             block_size_bytes=self.block_size_bytes or DEFAULT_BLOCK_SIZE_BYTES,
         )
@@ -295,6 +304,7 @@ def attachment_to_json(attachment: Attachment) -> dict[str, Any]:
         "queue_size": spec.queue_size,
         "block_size_bytes": spec.block_size_bytes,
         "packed": spec.packed,
+        "is_network": spec.is_network,
         "throttle": throttle.to_json(spec.throttle),
         "serial": spec.disk_serial,
         "state": attachment.state.value,
@@ -327,6 +337,7 @@ def attachment_from_json(value: dict[str, Any]) -> Attachment:
                 queue_size=value["queue_size"],
                 block_size_bytes=value["block_size_bytes"],
                 packed=value.get("packed", False),
+                is_network=value.get("is_network", False),
                 throttle=throttle.from_json(value.get("throttle")),
                 serial=value.get("serial", value["volume_id"]),  # as releases did that wrote none
             ),

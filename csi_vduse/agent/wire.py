@@ -132,6 +132,7 @@ def spec_to_wire(spec: AttachSpec) -> agent_pb2.AttachRequest:
         queue_size=spec.queue_size,
         block_size_bytes=spec.block_size_bytes,
         packed=spec.packed,
+        is_network=spec.is_network,
         throttle=throttle_to_wire(spec.throttle),
     )
 
@@ -154,6 +155,7 @@ def spec_from_wire(message: agent_pb2.AttachRequest) -> AttachSpec:
         queue_size=message.queue_size,
         block_size_bytes=message.block_size_bytes,
         packed=message.packed,
+        is_network=message.is_network,
         throttle=throttle_from_wire(message.throttle),
     )
 
@@ -177,6 +179,7 @@ def attachment_to_wire(attachment: Attachment) -> agent_pb2.Attachment:
         queue_size=spec.queue_size,
         block_size_bytes=spec.block_size_bytes,
         packed=spec.packed,
+        is_network=spec.is_network,
         throttle=throttle_to_wire(spec.throttle),
         worker_pid=attachment.worker_pid,
         worker_version=attachment.worker_version,
@@ -197,6 +200,7 @@ def attachment_from_wire(message: agent_pb2.Attachment) -> Attachment:
             queue_size=message.queue_size,
             block_size_bytes=message.block_size_bytes,
             packed=message.packed,
+            is_network=message.is_network,
             throttle=throttle_from_wire(message.throttle),
             serial=message.serial or message.volume_id,  # as agents did that do not say
         ),

@@ -52,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.name!r} cannot be a device name", hint="use 1 to 31 of a-z, 0-9 and '-'"
         )
     if options.vhost_user is not None:
+        if options.device != "block":
+            raise InvalidArgument("--vhost-user serves disks", hint="leave out --device, or --vhost-user")
         return export_vhost_user.run(options)
     spec = attach_spec(options.name, options).with_defaults(queues=default_queues())
     device_spec(spec)  # refuses an impossible geometry before anything is made

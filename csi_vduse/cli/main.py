@@ -12,6 +12,7 @@ import sys
 from csi_vduse import __version__, log
 from csi_vduse.cli import (
     agent,
+    cni,
     controller,
     doctor,
     export,
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         volume,
         upgrade,
         shutdown,
+        cni,
         doctor,
         worker,
     ):

@@ -77,6 +77,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Options that describe a device and what it serves."""
     parser.add_argument("--bus", type=Bus, choices=list(Bus), default=Bus.VIRTIO)
     parser.add_argument("--backend", required=True, metavar="file:PATH|NBD-URI|vhost-user:SOCKET|null:SIZE")
+    parser.add_argument(
+        "--device",
+        choices=["block", "net"],
+        default="block",
+        help="net: a network card, of vhost-user:SOCKET",
+    )
     parser.add_argument("--queues", type=int, default=0, help="0: a default for this machine")
     parser.add_argument("--queue-size", type=int, default=0, help="a power of two; 0: the default")
     parser.add_argument("--block-size", type=int, default=0, help="bytes; 0: 512")
@@ -117,6 +123,8 @@ def attach_spec(volume_id: str, options: argparse.Namespace) -> AttachSpec:
         VduseError: a server does not answer, or not as it should; csi_vduse/dataplane/nbd_config.py.
     """
     backend, size_bytes = parse_backend(options.backend)
+    if options.device == "net":
+        return AttachSpec(volume_id, backend, 0, bus=options.bus, is_network=True)
     said_bytes = size_bytes
     if isinstance(backend, NbdBackend):
         found = nbd_config.probe(backend, timeout_s=_SERVER_TIMEOUT_S)

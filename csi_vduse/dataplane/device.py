@@ -30,6 +30,7 @@ from csi_vduse.errors import (
 
 VDUSE_DIR = Path("/dev/vduse")
 SYSFS_CLASS = Path("/sys/class/vduse")
+VIRTIO_ID_NET = 1
 VIRTIO_ID_BLOCK = 2
 MAX_QUEUES = 64
 MAX_QUEUE_SIZE = 1024
@@ -60,6 +61,7 @@ _DESTROY_RETRY_S = 0.05
 class DeviceSpec:
     """What a device shows to its driver; fixed at creation but for the capacity.
 
+    is_network: it is a network card, without capacity; not a disk.
     shown: feature bits and configuration space of a server, in place of ours.
     """
 
@@ -71,6 +73,7 @@ class DeviceSpec:
     read_only: bool = False
     discard: bool = True
     packed: bool = False
+    is_network: bool = False
     shown: tuple[int, bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class DeviceSpec:
             raise InvalidArgument(
                 f"block size {self.block_size_bytes}", hint=f"use one of {config_space.BLOCK_SIZES}"
             )
+        if self.is_network:
+            return
         if self.capacity_bytes <= 0 or self.capacity_bytes % self.block_size_bytes:
             raise InvalidArgument(
                 f"capacity of {self.capacity_bytes} bytes",
@@ -169,7 +174,7 @@ def create_device(spec: DeviceSpec) -> None:
         request = _DEV_CONFIG.pack(
             spec.name.encode(),
             0,
-            VIRTIO_ID_BLOCK,
+            VIRTIO_ID_NET if spec.is_network else VIRTIO_ID_BLOCK,
             spec.features,
             spec.queues,
             4096,

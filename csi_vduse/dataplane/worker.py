@@ -178,6 +178,8 @@ class Worker:
         if not isinstance(backend, (NbdBackend, VhostUserBackend)):
             with contextlib.suppress(Unavailable):
                 self._engine(message, backend).close()
+        if _device_spec(message).is_network:
+            return
         # A worker shares its pages with the spawner until it writes to them: what a start copies is copied now.
         self._engine(message, NullBackend()).close()
 
@@ -205,7 +207,7 @@ class Worker:
                 inner = self._engine(message, backend)
                 engine = Mediator(inner, backend, spec, dial=dial, event_fd=self._event_fd)
             else:
-                server_log = ServerLog(log_fd, identity.place)
+                server_log = None if spec.is_network else ServerLog(log_fd, identity.place)
                 engine = Relay(backend, spec, server_log=server_log, dial=dial, event_fd=self._event_fd)
         else:
             engine = self._engine(message, backend)
@@ -353,6 +355,7 @@ def _device_spec(message: channel.Message) -> DeviceSpec:
         queue_size=message["queue_size"],
         read_only=message["read_only"],
         packed=message["packed"],
+        is_network=message.get("is_network", False),
     )
 
 

@@ -268,6 +268,7 @@ class AttachRequest(_message.Message):
     BLOCK_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     THROTTLE_FIELD_NUMBER: _builtins.int
     PACKED_FIELD_NUMBER: _builtins.int
+    IS_NETWORK_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     capacity_bytes: _builtins.int
     bus: Global___Bus.ValueType
@@ -280,6 +281,8 @@ class AttachRequest(_message.Message):
     """0: 512"""
     packed: _builtins.bool
     """offer packed virtqueues"""
+    is_network: _builtins.bool
+    """a network card, and no disk; of a vhost-user server"""
     @_builtins.property
     def backend(self) -> Global___Backend: ...
     @_builtins.property
@@ -299,10 +302,11 @@ class AttachRequest(_message.Message):
         block_size_bytes: _builtins.int = ...,
         throttle: Global___Throttle | None = ...,
         packed: _builtins.bool = ...,
+        is_network: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "throttle", b"throttle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "packed", b"packed", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "throttle", b"throttle", "volume_id", b"volume_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "is_network", b"is_network", "packed", b"packed", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "throttle", b"throttle", "volume_id", b"volume_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,12 +335,13 @@ class Attachment(_message.Message):
     PACKED_FIELD_NUMBER: _builtins.int
     WORKER_VERSION_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
+    IS_NETWORK_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     device_name: _builtins.str
     """/dev/vduse/NAME"""
     bus: Global___Bus.ValueType
     path: _builtins.str
-    """/dev/vdX or /dev/vhost-vdpa-N"""
+    """/dev/vdX, /dev/vhost-vdpa-N or /sys/class/net/ethN"""
     major: _builtins.int
     minor: _builtins.int
     state: Global___State.ValueType
@@ -353,6 +358,7 @@ class Attachment(_message.Message):
     """release of its program; empty: none, or not known"""
     serial: _builtins.str
     """of the disk, which answers with 20 bytes of it; empty: volume_id"""
+    is_network: _builtins.bool
     @_builtins.property
     def backend(self) -> Global___Backend: ...
     @_builtins.property
@@ -379,10 +385,11 @@ class Attachment(_message.Message):
         packed: _builtins.bool = ...,
         worker_version: _builtins.str = ...,
         serial: _builtins.str = ...,
+        is_network: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "throttle", b"throttle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "device_name", b"device_name", "major", b"major", "minor", b"minor", "packed", b"packed", "path", b"path", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "serial", b"serial", "state", b"state", "state_reason", b"state_reason", "throttle", b"throttle", "volume_id", b"volume_id", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size_bytes", b"block_size_bytes", "bus", b"bus", "capacity_bytes", b"capacity_bytes", "device_name", b"device_name", "is_network", b"is_network", "major", b"major", "minor", b"minor", "packed", b"packed", "path", b"path", "queue_size", b"queue_size", "queues", b"queues", "read_only", b"read_only", "serial", b"serial", "state", b"state", "state_reason", b"state_reason", "throttle", b"throttle", "volume_id", b"volume_id", "worker_pid", b"worker_pid", "worker_version", b"worker_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,10 +113,10 @@ class VdpaBus:
             await asyncio.sleep(_POLL_S)
         if device is not None:
             raise FailedPrecondition(f"{device.path} does not exist", hint="/dev must be the host's devtmpfs")
-        what = "disk" if bus is Bus.VIRTIO else "character device"
+        what = "disk or interface" if bus is Bus.VIRTIO else "character device"
         raise DeadlineExceeded(
             f"{bus} made no {what} of {name} within {timeout_s:g} s",
-            hint="see the kernel log; for a disk, is virtio_blk loaded?",
+            hint="see the kernel log; is virtio_blk loaded, or virtio_net?",
         )
 
     def _driver_file(self, driver: str, name: str) -> Path:

@@ -16,14 +16,14 @@ class Bus(StrEnum):
 
 @dataclass(frozen=True)
 class BusDevice:
-    """What a bound device is to its user: a disk (virtio_vdpa) or a character device (vhost_vdpa).
+    """What a bound device is to its user: a disk or an interface (virtio_vdpa), or a character device (vhost_vdpa).
 
     Args:
-        path: below /dev.
-        major: device number, major part.
+        path: below /dev; of an interface below /sys/class/net.
+        major: device number, major part; 0 of an interface.
         minor: device number, minor part.
     """
 
     path: Path
-    major: int
-    minor: int
+    major: int = 0
+    minor: int = 0

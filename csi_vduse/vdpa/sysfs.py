@@ -113,9 +113,17 @@ class Sysfs:
                 return device
         return None
 
+    def find_interface(self, name: str) -> BusDevice | None:
+        """The interface that virtio_vdpa made of the device; None while none is in our network namespace."""
+        for interface in self.device_dir(name).glob("virtio*/net/*"):
+            return BusDevice(self.roots.sys / "class/net" / interface.name)
+        return None
+
     def find(self, name: str, bus: Bus) -> BusDevice | None:
         """What the bus driver made of the device."""
-        return self.find_disk(name) if bus is Bus.VIRTIO else self.find_vhost(name)
+        if bus is Bus.VHOST:
+            return self.find_vhost(name)
+        return self.find_disk(name) or self.find_interface(name)
 
     def requests_in_flight(self, name: str) -> int | None:
         """Requests that the block layer waits for, or None if the device is no disk (block/stat.rst)."""

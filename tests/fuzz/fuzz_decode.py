@@ -18,7 +18,7 @@ with atheris.instrument_imports(include=["csi_vduse.dataplane", "json"]):
     from csi_vduse.dataplane import channel, messages
     from csi_vduse.dataplane.device import MAX_QUEUES, DeviceSpec
     from csi_vduse.dataplane.vhost_user import protocol, requests
-    from csi_vduse.dataplane.vhost_user.offer import WANTED, Offer
+    from csi_vduse.dataplane.vhost_user.offer import Offer
     from csi_vduse.dataplane.vhost_user.protocol import ProtocolFeature
 from csi_vduse.errors import FailedPrecondition, InvalidArgument, ProtocolError, Unavailable, VduseError
 
@@ -45,7 +45,7 @@ def server(raw: bytes) -> None:
         answer = raw[:72].ljust(72, b"\0")
         features, protocol_features, queues = struct.unpack_from("=QQQ", answer)
         said = Offer(
-            features, ProtocolFeature(protocol_features & WANTED), queues, requests.config_in(answer)
+            features, ProtocolFeature(protocol_features & Offer.wanted), queues, requests.config_in(answer)
         )
         said.check(read_only=bool(raw[:1]), without_flush=True, keeps_log=bool(raw[1:2]))
         DeviceSpec("disk", said.capacity_bytes, said.block_size_bytes, queues=min(said.queues, MAX_QUEUES))

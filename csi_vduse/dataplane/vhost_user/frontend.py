@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from csi_vduse.dataplane.vhost_user import requests
-from csi_vduse.dataplane.vhost_user.offer import CONFIG_BYTES, WANTED, Offer
+from csi_vduse.dataplane.vhost_user.offer import CONFIG_BYTES, Offer
 from csi_vduse.dataplane.vhost_user.protocol import (
     F_PROTOCOL_FEATURES,
     HEADER_BYTES,
@@ -88,21 +88,23 @@ class FrontEnd:
         if answer := requests.check_change(header):
             self._write(self.changes, answer, [])
 
-    def negotiate(self) -> Offer:
-        """Begin: agree on the protocol, and hear what the server offers."""
+    def negotiate(self, kind: type[Offer] = Offer) -> Offer:
+        """Begin: agree on the protocol, and hear what the server offers, of that kind of device."""
         features = requests.number_in(self._ask(requests.number(Request.GET_FEATURES)))
         if not features & F_PROTOCOL_FEATURES:
             raise ProtocolError("the vhost-user server knows no protocol features: it is too old")
         offered = requests.number_in(self._ask(requests.number(Request.GET_PROTOCOL_FEATURES)))
-        agreed = ProtocolFeature(offered & WANTED)
+        agreed = ProtocolFeature(offered & kind.wanted)
         self._ask(requests.protocol_features(agreed))
-        if not agreed & ProtocolFeature.CONFIG or not agreed & ProtocolFeature.REPLY_ACK:
-            return Offer(features, agreed, 1, bytes(CONFIG_BYTES))  # which is refused, with the reason
+        no_config = bytes(CONFIG_BYTES)
+        lacks_config = kind.shows_config and not agreed & ProtocolFeature.CONFIG
+        if lacks_config or not agreed & ProtocolFeature.REPLY_ACK:
+            return kind(features, agreed, 1, no_config)  # which is refused, with the reason
         self._tell(requests.owner())
         queues = 1
         if agreed & ProtocolFeature.MQ:
             queues = requests.number_in(self._ask(requests.number(Request.GET_QUEUE_NUM)))
-        return Offer(features, agreed, queues, self.config())
+        return kind(features, agreed, queues, self.config() if kind.shows_config else no_config)
 
     def config(self) -> bytes:
         """Read the configuration space."""
@@ -208,7 +210,7 @@ def dial(path: Path) -> tuple[socket.socket, Pair]:
         raise
 
 
-def probe(path: Path) -> Offer:
+def probe(path: Path, kind: type[Offer] = Offer) -> Offer:
     """Ask a server what it offers, and leave.
 
     Raises:
@@ -216,6 +218,6 @@ def probe(path: Path) -> Offer:
     """
     front_end = FrontEnd(connect(path))
     try:
-        return front_end.negotiate()
+        return front_end.negotiate(kind)
     finally:
         front_end.close()

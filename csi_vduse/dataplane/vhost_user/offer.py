@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from csi_vduse.dataplane import config_space
 from csi_vduse.dataplane.vhost_user import protocol
@@ -39,14 +39,7 @@ _CARRIED: Final = (
 _OF_DISK: Final = _CARRIED & ~(
     config_space.F_MQ | config_space.F_INDIRECT_DESC | config_space.F_EVENT_IDX | config_space.F_VERSION_1
 )
-# What we use where it is offered, and what nothing goes without.
-WANTED: Final = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.INFLIGHT_SHMFD
-)
+# What nothing goes without.
 _NEEDED: Final = {
     ProtocolFeature.REPLY_ACK: "does not acknowledge requests (REPLY_ACK)",
     ProtocolFeature.CONFIG: "does not show its configuration space (CONFIG): it is no vhost-user-blk server",
@@ -60,7 +53,7 @@ _SEG_MAX_AT: Final = 12
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server said of itself.
+    """What the server of a disk said of itself; net_offer.py has that of a network card.
 
     Args:
         features: virtio feature bits.
@@ -73,6 +66,16 @@ class Offer:
     protocol_features: ProtocolFeature
     queue_count: int
     config: bytes
+
+    wanted: ClassVar = (
+        ProtocolFeature.MQ
+        | ProtocolFeature.REPLY_ACK
+        | ProtocolFeature.BACKEND_REQ
+        | ProtocolFeature.CONFIG
+        | ProtocolFeature.INFLIGHT_SHMFD
+    )
+    """What of the protocol we use where it is offered."""
+    shows_config: ClassVar = True
 
     @property
     def queues(self) -> int:
@@ -151,6 +154,11 @@ class Offer:
         bits = self.features & _CARRIED | config_space.F_ACCESS_PLATFORM
         return bits if queues > 1 else bits & ~config_space.F_MQ
 
+    @staticmethod
+    def server_features(negotiated: int) -> int:
+        """Feature bits to set at a server for a driver: it has no IOMMU to ask, and the protocol has features."""
+        return negotiated & ~config_space.F_ACCESS_PLATFORM | protocol.F_PROTOCOL_FEATURES
+
     def mediated_features(self, queues: int, *, read_only: bool, packed: bool) -> int:
         """Feature bits that a device offers whose rings are the engine's: the disk's are the server's."""
         ours = config_space.features(queues=queues, read_only=False, discard=False, packed=packed)
@@ -169,8 +177,3 @@ class Offer:
             limit = theirs if self.features & config_space.F_SEG_MAX and theirs else pieces
             _SEG_MAX.pack_into(shown, _SEG_MAX_AT, min(limit, pieces))
         return bytes(shown)
-
-
-def server_features(negotiated: int) -> int:
-    """Feature bits to set at a server for a driver: it has no IOMMU to ask, and the protocol has features."""
-    return negotiated & ~config_space.F_ACCESS_PLATFORM | protocol.F_PROTOCOL_FEATURES

@@ -27,19 +27,18 @@ from csi_vduse.errors import FailedPrecondition, VduseError
 
 
 class Relay(ServerSession):
-    """In place of an Engine; arguments as of ServerSession, server_log of this device."""
+    """In place of an Engine; arguments as of ServerSession, server_log of this device if it is a disk."""
 
     def __init__(
         self,
         backend: VhostUserBackend,
         spec: DeviceSpec,
         *,
-        server_log: ServerLog,
+        server_log: ServerLog | None,
         dial: Callable[[], Any],
         event_fd: int,
     ) -> None:
-        self._log_fd = os.dup(server_log.fd)
-        own_log = ServerLog(self._log_fd, server_log.place)
+        own_log = None if server_log is None else ServerLog(os.dup(server_log.fd), server_log.place)
         super().__init__(backend, spec, dial=dial, event_fd=event_fd, server_log=own_log)
         relay = ffi.new("struct vd_relay **")
         if (result := lib.vd_relay_new(relay)) < 0:
@@ -155,4 +154,5 @@ class Relay(ServerSession):
         """Let go of the server and of the memory; queues that it still works on are cut off."""
         self.end()
         lib.vd_relay_free(self._interrupts)
-        os.close(self._log_fd)
+        if self._server_log is not None:
+            os.close(self._server_log.fd)

@@ -26,7 +26,8 @@ from csi_vduse.dataplane.backend_spec import VhostUserBackend
 from csi_vduse.dataplane.device import DeviceSpec
 from csi_vduse.dataplane.engine import BackendStatus
 from csi_vduse.dataplane.vhost_user.frontend import FrontEnd, Pair
-from csi_vduse.dataplane.vhost_user.offer import Offer, server_features
+from csi_vduse.dataplane.vhost_user.net_offer import NetOffer
+from csi_vduse.dataplane.vhost_user.offer import Offer
 from csi_vduse.dataplane.vhost_user.protocol import VringAddress
 from csi_vduse.dataplane.vhost_user.relayed import Memory, Ring, ServerLog
 from csi_vduse.errors import FailedPrecondition, ProtocolError, Unavailable, VduseError
@@ -274,14 +275,14 @@ class ServerSession:
             if self._closing:
                 link.shut()
         try:
-            offer = link.negotiate()
+            offer = link.negotiate(NetOffer if self._spec.is_network else Offer)
             offer.check(
                 read_only=self._spec.read_only,
                 without_flush=self._backend.without_flush,
                 keeps_log=self._server_log is not None,
             )
             self._check_fits(offer)
-            link.set_features(server_features(self.features_of(offer)))
+            link.set_features(offer.server_features(self.features_of(offer)))
             if offer.tells_changes:
                 link.open_changes()
         except BaseException:

@@ -21,7 +21,7 @@ from csi_vduse.errors import DeadlineExceeded, FailedPrecondition, ProtocolError
 REPLY = 1 | 1 << 2
 SPEC = DeviceSpec("disk", 64 << 20, queues=4)
 OFFERED = SPEC.features & ~config_space.F_ACCESS_PLATFORM | 1 << 30
-PROTOCOL = int(offer.WANTED)
+PROTOCOL = int(offer.Offer.wanted)
 Answer = Callable[[int, bytes], bytes]
 
 

@@ -1,0 +1,1 @@
+"""Network cards for pods: a CNI plugin over the agent."""
