@@ -39,6 +39,7 @@ from csi_vduse.agent.model import (
     device_name,
     stats_from_json,
 )
+from csi_vduse.agent.processors import Processors
 from csi_vduse.agent.recover import Recovery
 from csi_vduse.agent.watchdog import Watchdog
 from csi_vduse.dataplane import backend_spec, versions
@@ -84,6 +85,7 @@ class Agent:
         self._volumes.on_hold = self._growth.listen
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watchdog: Watchdog | None = None
+        self._processors: Processors | None = None
         self._refusing = ""
         self._leaving = False
         self.left = asyncio.Event()
@@ -93,8 +95,10 @@ class Agent:
         await self._recovery.run()
 
     def watch(self) -> None:
-        """End workers that do not answer, from now on; see watchdog.py."""
+        """End workers that do not answer, and see processors go, from now on; see watchdog.py and processors.py."""
         self._watchdog = Watchdog(self._volumes)
+        known = self._volumes.known
+        self._processors = Processors(self._node.sysfs, lambda: [each.device_name for each in known.values()])
 
     async def attach(self, spec: AttachSpec) -> Attachment:
         """Attach a volume; returns the existing attachment if it is the one asked for.
@@ -271,6 +275,8 @@ class Agent:
         self._recovery.close()
         if self._watchdog is not None:
             await self._watchdog.close()
+        if self._processors is not None:
+            self._processors.close()
         await self._growth.close()
         await self._volumes.reviver.close()
         while self._tasks:

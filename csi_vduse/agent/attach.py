@@ -2,7 +2,7 @@
 
 Order (why: vdpa/bus.py and dataplane/device.py): record → CREATE_DEV → in-flight log → msg_timeout, bounce_size →
 another export, recorded → worker, which sets the queues up and serves → DEV_NEW and bind → disk or character device →
-throttle → record.
+a processor for interrupts → throttle → record.
 The throttle comes late, and detach lifts it early: the kernel reads from a disk, and waits for its requests, under
 the lock that all vDPA devices of the node share.
 """
@@ -30,6 +30,7 @@ from csi_vduse.dataplane.throttle import UNLIMITED, Throttle
 from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.dataplane.vhost_user.net_offer import NetOffer, card_config
 from csi_vduse.errors import AlreadyExists, FailedPrecondition
+from csi_vduse.vdpa import interrupts
 from csi_vduse.vdpa.model import Bus, BusDevice
 from csi_vduse.vdpa.sysfs import Sysfs
 
@@ -137,6 +138,8 @@ async def attach(node: Node, spec: AttachSpec) -> tuple[Attachment, Worker]:
         binding = node.bus.attach(name, spec.bus, timeout_s=node.config.step_timeout_s)
         device, worker = await while_served(worker, binding, replacement)
         undo.push_async_callback(node.bus.detach, name, timeout_s=node.config.step_timeout_s)
+        if spec.bus is Bus.VIRTIO:
+            interrupts.settle(node.sysfs, name)
         if spec.throttle != UNLIMITED:
             await set_throttle(node, worker, spec.throttle)
         attachment = replace(attachment, state=State.ATTACHED, device=device, worker_pid=worker.pid)
