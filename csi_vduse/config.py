@@ -12,7 +12,7 @@ from pathlib import Path
 
 from csi_vduse.errors import InvalidArgument
 
-POOL_KINDS = ("file", "nbd")
+POOL_KINDS = ("file", "nbd", "qsd")
 DEFAULT_RUN_DIR = Path("/run/csi-vduse")
 DEFAULT_STATE_DIR = Path("/var/lib/csi-vduse")
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path less its terminator, unix(7)
@@ -25,7 +25,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 class PoolConfig:
     """A place volumes are made in.
 
-    location: DIR[?OPTION=VALUE] for kind "file"; ADDRESS[?tls=DIR] of a storage server for kind "nbd".
+    location: DIR[?OPTION=VALUE] for kind "file"; ADDRESS[?tls=DIR] of a storage server for the others.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the services ask of a pool, whatever its backend: the seam that file, nbd and rbd pools implement.
+"""What the services ask of a pool, whatever its backend: the seam that file, nbd, qsd and rbd pools implement.
 
 Promises of every implementation: an image appears whole under its final name or not at all; every call may be
 repeated after a crash and then continues or finds its work done; nothing blocks the event loop.
@@ -180,6 +180,6 @@ class Backend(Protocol):
         """Return the nodes that a volume is published to."""
         ...
 
-    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return what the agent needs to serve the volume, after `publish` returned publish_context."""
         ...

@@ -222,7 +222,7 @@ class FilePool:
         del volume_id
         return ()
 
-    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the image's path."""
         del publish_context
         return FileBackend(self._volume_image(volume.id).absolute())

@@ -224,7 +224,7 @@ class NbdPool:
         """Ask the server."""
         return (await self._client.publications(volume_id)).get(volume_id, ())
 
-    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the export that was given to this node.
 
         Raises:

@@ -12,6 +12,9 @@ from csi_vduse.backends.file import parse_location as parse_file_location
 from csi_vduse.backends.nbd import KIND as NBD
 from csi_vduse.backends.nbd import NbdPool, parse_location
 from csi_vduse.backends.nbd import data_path as nbd_data_path
+from csi_vduse.backends.qsd import KIND as QSD
+from csi_vduse.backends.qsd import QsdPool
+from csi_vduse.backends.qsd import parse_location as parse_qsd_location
 from csi_vduse.config import PoolConfig
 from csi_vduse.dataplane.backend_spec import BackendSpec
 from csi_vduse.errors import FailedPrecondition, InvalidArgument
@@ -73,7 +76,7 @@ class Pools:
             )
         return self._backends[name]
 
-    def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
+    async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return where a volume's bytes are: its pool knows, or what the node was told says it all.
 
         Raises:
@@ -81,7 +84,7 @@ class Pools:
         """
         if volume.backend == NBD:
             return nbd_data_path(volume.id, publish_context)
-        return self.holding(volume.pool).data_path(volume, publish_context)
+        return await self.holding(volume.pool).data_path(volume, publish_context)
 
 
 def open_pools(configs: Iterable[PoolConfig], state_dir: Path) -> Pools:
@@ -104,8 +107,10 @@ def open_pools(configs: Iterable[PoolConfig], state_dir: Path) -> Pools:
             )
         elif config.kind == NBD:
             backends.append(NbdPool(config.name, parse_location(config.location), memory=memory))
+        elif config.kind == QSD:
+            backends.append(QsdPool(config.name, parse_qsd_location(config.location), memory=memory))
         else:
             raise InvalidArgument(
-                f"pool {config.name!r} has unknown kind {config.kind!r}; allowed: {FILE}, {NBD}"
+                f"pool {config.name!r} has unknown kind {config.kind!r}; allowed: {FILE}, {NBD}, {QSD}"
             )
     return Pools(backends)

@@ -25,13 +25,21 @@ def add_parser(subcommands: Subcommands) -> None:
         help="print what an agent that starts now would take over, end or remove",
     )
     parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="of the agent, for --plan")
+    parser.add_argument(
+        "--vhost-user",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="SOCKET",
+        help="a server of a disk; it is asked, so nobody may use it meanwhile; repeatable",
+    )
     parser.add_argument("--output", choices=("table", "json"), default="table")
     parser.set_defaults(run=lambda options: _plan(options) if options.plan else run(options))
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the findings; 1 if one of them keeps the driver from working."""
-    findings = examine(tuple(parse_pool(text) for text in options.pool))
+    findings = examine(tuple(parse_pool(text) for text in options.pool), tuple(options.vhost_user))
     if options.output == "json":
         json.dump([asdict(finding) for finding in findings], sys.stdout, indent=2)
         print()

@@ -1,4 +1,4 @@
-"""`csi-vduse storage-server`: volumes for other machines, out of one directory, over NBD."""
+"""`csi-vduse storage-server`: volumes out of one directory, over NBD, or for this machine by vhost-user."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ def add_parser(subcommands: Subcommands) -> None:
         help="where nodes read and write",
     )
     parser.add_argument(
+        "--vhost-user",
+        type=Path,
+        metavar="DIR",
+        help="serve workers of this machine by sockets in this directory instead, which is made",
+    )
+    parser.add_argument(
         "--advertise", type=option(_nbd), metavar="HOST:PORT", help="what nodes are told instead"
     )
     parser.add_argument("--format", choices=[one.value for one in Format], default=Format.RAW.value)
@@ -69,6 +75,9 @@ def run(options: argparse.Namespace) -> int:
         raise InvalidArgument(
             "give either --tls-dir DIR or --no-tls", hint="--no-tls works on one machine only"
         )
+    if options.vhost_user is not None:
+        options.vhost_user = options.vhost_user.absolute()
+        options.vhost_user.mkdir(mode=0o700, parents=True, exist_ok=True)
     tls = None
     if options.tls_dir is not None:
         tls = Tls(
@@ -86,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         advertised=options.advertise,
         tls=tls,
         image_format=Format(options.format),
+        vhost_user=options.vhost_user,
     )
     from csi_vduse.storage.process import run_storage_server  # noqa: PLC0415 - imports grpc
 

@@ -42,7 +42,7 @@ def set_up(
     Raises:
         VduseError: the kernel refused.
     """
-    with closing(NetNS(netns)) as there:
+    with closing(NetNS(netns, flags=0)) as there:
         try:
             index = _index(there, name)
             if mtu:
@@ -66,7 +66,7 @@ def check(netns: str, name: str, addresses: Sequence[str]) -> None:
     Raises:
         FailedPrecondition: it is not.
     """
-    with closing(NetNS(netns)) as there:
+    with closing(NetNS(netns, flags=0)) as there:
         index = _index(there, name)
         (link,) = there.link("get", index=index)
         found = {f"{each.get('address')}/{each['prefixlen']}" for each in there.get_addr(index=index)}

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,7 +67,7 @@ class NodeContext:
     node_id: str
     agent: Agent
     registry: Registry
-    data_path: Callable[[Volume, Mapping[str, str]], BackendSpec]
+    data_path: Callable[[Volume, Mapping[str, str]], Awaitable[BackendSpec]]
     sysfs: Path = Path("/sys")
     foreign: ForeignVolumes | None = None
 

@@ -16,6 +16,8 @@ from typing import Literal
 
 from csi_vduse.config import PoolConfig
 from csi_vduse.dataplane.engine import uring_problem
+from csi_vduse.dataplane.vhost_user import frontend
+from csi_vduse.errors import VduseError
 
 MODULES = ("vduse", "vdpa", "virtio_vdpa", "vhost_vdpa")
 TOOLS = {
@@ -45,15 +47,16 @@ class Finding:
     remedy: str = ""
 
 
-def examine(pools: tuple[PoolConfig, ...]) -> list[Finding]:
-    """Look at this host."""
+def examine(pools: tuple[PoolConfig, ...], servers: tuple[Path, ...] = ()) -> list[Finding]:
+    """Look at this host, and at vhost-user servers that are to serve its volumes."""
     findings = [judge_kernel(os.uname().release)]
     findings += [_module(name) for name in MODULES]
     findings += [_device(Path("/dev/vduse/control"), "modprobe vduse; in a container, mount /dev")]
     findings += [_privilege(), judge_uring(uring_problem())]
     findings += [_tool(name, package) for name, package in TOOLS.items()]
     findings += [judge_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])]
-    return findings + [_pool(pool) for pool in pools]
+    findings += [_pool(pool) if pool.kind == "file" else _server_of(pool) for pool in pools]
+    return findings + [_disk(socket) for socket in servers]
 
 
 def judge_kernel(release: str) -> Finding:
@@ -128,6 +131,30 @@ def _tool(name: str, package: str) -> Finding:
     if path:
         return Finding(name, "good", path)
     return Finding(name, "warning", "not found", f"install {package}, or do without that file system")
+
+
+def _server_of(pool: PoolConfig) -> Finding:
+    check, location = f"pool {pool.name}", pool.location.partition("?")[0]
+    path = location.removeprefix("unix:")
+    if path == location:
+        return Finding(check, "good", f"at {location}, which was not asked")
+    if not Path(path).is_socket():
+        return Finding(
+            check, "bad", f"{path} is no socket", "start the storage server, or mount its directory"
+        )
+    return Finding(check, "good", location)
+
+
+def _disk(socket: Path) -> Finding:
+    """Ask a vhost-user server for its disk, as an attach would."""
+    check = f"vhost-user {socket}"
+    try:
+        offer = frontend.probe(socket)
+        offer.check(read_only=False, without_flush=False, keeps_log=False)
+    except VduseError as error:
+        return Finding(check, "bad", error.message, error.hint)
+    way = "direct" if offer.keeps_log else "mediated, for it keeps no log"
+    return Finding(check, "good", f"{offer.capacity_bytes >> 20} MiB, {offer.queues} queues; {way}")
 
 
 def _pool(pool: PoolConfig) -> Finding:

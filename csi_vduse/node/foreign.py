@@ -99,7 +99,7 @@ class ForeignVolumes:
         self,
         volume_id: str,
         context: Mapping[str, str],
-        data_path: Callable[[Volume, Mapping[str, str]], BackendSpec],
+        data_path: Callable[[Volume, Mapping[str, str]], Awaitable[BackendSpec]],
     ) -> Given:
         """Make the record of a volume from a request, and from what its server says where the request is silent.
 
@@ -126,7 +126,7 @@ class ForeignVolumes:
             state=State.READY,
             created_at_ns=time.time_ns(),
         )
-        export = await self.ask(data_path(volume, context))
+        export = await self.ask(await data_path(volume, context))
         volume = replace(volume, parameters=_completed(asked, export).resolve())
         volume = replace(volume, capacity_bytes=_capacity_bytes(volume, export))
         record = {

@@ -136,7 +136,7 @@ async def attach(
     parameters = volume.parameters
     spec = AttachSpec(
         volume_id=volume.id,
-        backend=node.data_path(volume, request.context),
+        backend=await node.data_path(volume, request.context),
         capacity_bytes=volume.capacity_bytes,
         bus=parameters.bus,
         read_only=request.read_only,

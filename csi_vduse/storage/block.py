@@ -31,6 +31,7 @@ from csi_vduse.storage.qmp import Qmp, QmpRefused, is_refusal
 DRAIN_TIMEOUT_S = 45.0
 _OPEN_TIMEOUT_S = 60.0
 _CANCEL_TIMEOUT_S = 30.0
+_VHOST_USER_QUEUES = 64  # as many as a device of ours can have
 # A copy that takes longer than was reckoned goes on for as long as it gets on within this.
 _STALL_S = 60.0
 # Ways to reach a file, best first: not every file system knows O_DIRECT, not every sandbox io_uring.
@@ -158,18 +159,20 @@ class Block:
         arguments = {"node-name": node, "size": size_bytes}
         await self.qmp.execute("block_resize", arguments, timeout_s=_OPEN_TIMEOUT_S)
 
-    async def add_export(self, export: str, node: str, *, read_only: bool) -> None:
-        """Export a node under a name, which is the export's id too; fine if it is."""
+    async def add_export(self, export: str, node: str, *, read_only: bool, socket: Path | None) -> None:
+        """Export a node under a name, which is the export's id too; fine if it is.
+
+        socket: of a vhost-user export; None: it is one of the NBD server.
+        """
         await self._make_sure(export)
         if export in self.exports:
             return
-        arguments = {
-            "type": "nbd",
-            "id": export,
-            "name": export,
-            "node-name": node,
-            "writable": not read_only,
-        }
+        arguments: dict[str, Any] = {"id": export, "node-name": node, "writable": not read_only}
+        if socket is None:
+            arguments |= {"type": "nbd", "name": export}
+        else:
+            address = {"type": "unix", "path": str(socket)}
+            arguments |= {"type": "vhost-user-blk", "addr": address, "num-queues": _VHOST_USER_QUEUES}
         try:
             await self.qmp.execute("block-export-add", arguments)
         except Unavailable:

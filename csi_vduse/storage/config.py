@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -12,8 +13,11 @@ from csi_vduse.errors import InvalidArgument
 from csi_vduse.storage.model import Format
 
 CONTROLLER_NAME = "csi-vduse-controller"
+VHOST_USER_SCHEME = "vhost-user"
 DEFAULT_NBD_PORT = 10809
 DEFAULT_CONTROL_PORT = 10808
+# A socket's path has 107 bytes (unix(7)); its name is an export's: a volume's id of 20, an epoch, and 16 of chance.
+_MAX_SOCKET_DIRECTORY_BYTES = 55
 SERVER_FILES = ("server-cert.pem", "server-key.pem")  # QEMU's names
 
 
@@ -70,6 +74,8 @@ class ServerConfig:
         tls: None only where everything is local.
         image_format: of new images.
         program: the daemon.
+        vhost_user: directory of vhost-user sockets that take the place of `nbd`, for workers of this machine; raw images
+            only: a daemon that is killed forgets of others what it has answered, and such writes are not made stable.
     """
 
     directory: Path
@@ -80,6 +86,7 @@ class ServerConfig:
     tls: Tls | None = None
     image_format: Format = Format.RAW
     program: str = "qemu-storage-daemon"
+    vhost_user: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse to serve a network without TLS, and TLS without its files.
@@ -87,6 +94,16 @@ class ServerConfig:
         Raises:
             InvalidArgument: says which.
         """
+        if self.vhost_user is not None and self.image_format is not Format.RAW:
+            raise InvalidArgument(
+                f"--vhost-user and --format {self.image_format.value} do not go together",
+                hint="use --format raw",
+            )
+        if self.vhost_user is not None and len(os.fsencode(self.vhost_user)) > _MAX_SOCKET_DIRECTORY_BYTES:
+            raise InvalidArgument(
+                f"--vhost-user {self.vhost_user} is too long for sockets in it",
+                hint=f"{_MAX_SOCKET_DIRECTORY_BYTES} bytes at most, such as /run/csi-vduse-storage/disks",
+            )
         if self.tls is None:
             for address in (self.control, self.nbd):
                 if not address.is_local:
@@ -108,8 +125,14 @@ class ServerConfig:
         """Where the daemon's monitor listens."""
         return self.run_dir / "qmp.sock"
 
+    def vhost_user_socket(self, export: str) -> Path | None:
+        """Return the vhost-user socket of an export; None: it is one of the NBD server."""
+        return self.vhost_user / export if self.vhost_user is not None else None
+
     def uri(self, export: str) -> str:
-        """Return where a node finds an export, by the NBD URI specification."""
+        """Return where a node finds an export, by the NBD URI specification; or `vhost-user:SOCKET`."""
+        if socket := self.vhost_user_socket(export):
+            return f"{VHOST_USER_SCHEME}:{socket}"
         scheme = "nbds" if self.tls else "nbd"
         address = self.advertised or self.nbd
         if address.path is not None:
@@ -149,6 +172,8 @@ def daemon_argv(config: ServerConfig) -> list[str]:
         *("--chardev", f"socket,id=qmp,path={_escaped(config.monitor)},server=on,wait=off"),
         *("--monitor", "chardev=qmp"),
     ]
+    if config.vhost_user is not None:
+        return argv
     nbd = config.nbd
     if nbd.path is not None:
         server = f"addr.type=unix,addr.path={_escaped(nbd.path)}"

@@ -35,7 +35,7 @@ _MEND_INTERVAL_S = 5.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where a node finds its export, and whether what it writes has to be made stable at once.
+    """Where a node finds its export, whether what it writes has to be made stable at once, and whether it can be renewed.
 
     qemu-storage-daemon keeps where the clusters of a qcow2 image are in memory until a flush: killed, it forgets writes
     that were answered. What was written to a raw image is the kernel's by then.
@@ -45,6 +45,7 @@ class Published:
     export: str
     uri: str
     write_through: bool
+    renewable: bool
 
 
 class Publications:
@@ -70,11 +71,16 @@ class Publications:
         Raises:
             NotFound: there is no such volume.
             AlreadyExists: the node has it otherwise.
-            FailedPrecondition: another node has it, and that excludes this one.
+            FailedPrecondition: another node has it, and that excludes this one; or it cannot be served in this way.
         """
         key = Key(Kind.VOLUME, volume_id)
         async with self._core.alone(key):
             image = await self._core.require(key)
+            if self._core.config.vhost_user is not None and image.format is Format.QCOW2:
+                raise FailedPrecondition(
+                    f"{volume_id} is a qcow2 image, whose writes would be lost with the daemon over vhost-user",
+                    hint="serve it over NBD, or convert it to raw: qemu-img convert",
+                )
             block = self._core.require_block()
             found = image.of_node(node_id)
             if found is not None and found.closing:
@@ -108,7 +114,9 @@ class Publications:
 
     def _published(self, image: Image, epoch: int, export: str) -> Published:
         uri = self._core.config.uri(export)
-        return Published(epoch, export, uri, write_through=image.format is Format.QCOW2)
+        # What reaches the daemon through a vhost-user socket has ended before it takes another client.
+        renewable = self._core.config.vhost_user is None
+        return Published(epoch, export, uri, write_through=image.format is Format.QCOW2, renewable=renewable)
 
     async def renew(self, export: str, instead_of: str) -> Published:
         """Close what is served to a node for good and serve another export, of the next epoch, in its place.
@@ -247,7 +255,8 @@ class Publications:
                 await self._core.disk(self._core.store.save, image)
         for one in image.publications:
             if not one.closing:
-                await block.add_export(one.served, node_of(image), read_only=one.read_only)
+                socket = self._core.config.vhost_user_socket(one.served)
+                await block.add_export(one.served, node_of(image), read_only=one.read_only, socket=socket)
         return image
 
     async def _remove_strays(self, block: Block, seen: Seen, images: Iterable[Image]) -> None:

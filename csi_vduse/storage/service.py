@@ -218,7 +218,7 @@ def _publication(published: Published) -> storage_pb2.Publication:
         epoch=published.epoch,
         uri=published.uri,
         write_through=published.write_through,
-        renewable=True,
+        renewable=published.renewable,
     )
 
 
@@ -253,7 +253,8 @@ async def listening(config: ServerConfig, server: StorageServer) -> AsyncIterato
         raise FailedPrecondition(f"cannot listen on {target}: {error}", hint="check --control") from error
     finally:
         os.umask(before)
-    log.get().info("storage server is ready", control=target, nbd=str(config.nbd), tls=config.tls is not None)
+    serving = str(config.vhost_user or config.nbd)
+    log.get().info("storage server is ready", control=target, serving=serving, tls=config.tls is not None)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Which uses of a volume are possible: the access-mode policy, as a pure function and a table.
 
-A file pool belongs to one node, so every mode that names several nodes is refused: a volume that is
+A file or qsd pool belongs to one node, so every mode that names several nodes is refused: a volume that is
 ReadWriteMany on paper and usable on one node only would deceive the scheduler. A volume of an nbd pool goes to
 any node: to many that only read, to one that writes, and as a raw block device to two, the source and the
 target of a VM's migration (a file system on two nodes would be destroyed). A device on the vhost_vdpa
@@ -63,6 +63,7 @@ _ONE_NODE = frozenset(
 # Backend kind → modes that it can honour.
 _MODES: dict[str, frozenset[AccessMode]] = {
     "file": _ONE_NODE,
+    "qsd": _ONE_NODE,
     "nbd": _ONE_NODE | {AccessMode.MULTI_NODE_READER_ONLY, AccessMode.MULTI_NODE_MULTI_WRITER},
 }
 

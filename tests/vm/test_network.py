@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyroute2 import netns
@@ -59,6 +61,13 @@ def inspect(agent: RunningAgent, name: str) -> agent_pb2.InspectResponse:
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def _namespaces() -> None:
+    """The first one mounts /run/netns for good."""
+    ip("netns", "add", NAMES[0])
+    ip("netns", "delete", NAMES[0])
 
 
 @contextmanager
@@ -111,28 +120,94 @@ class Sender(threading.Thread):
                 connection.sendall(piece)
 
 
+@contextmanager
+def sending(sender: str, receiver: str, address: str) -> Iterator[Receiver]:
+    """Send from one namespace to the other; at the end of the body all is to come, and as it was sent."""
+    receives = Receiver(receiver, address)
+    receives.start()
+    receives.listening.wait()
+    sends = Sender(sender, address)
+    sends.start()
+    yield receives
+    for each in (sends, receives):
+        each.join(CALL_TIMEOUT_S * 10)
+        assert not each.is_alive()
+    assert receives.received_bytes == SENT_BYTES
+    assert receives.digest.digest() == sends.digest.digest()
+
+
 def test_two_network_namespaces_exchange_data_while_everything_is_killed(
     shared: RunningAgent, tmp_path: Path
 ):
-    ip("netns", "add", NAMES[0])  # the first one mounts /run/netns for good
-    ip("netns", "delete", NAMES[0])
     with leaves_nothing(shared), serving(Switch(tmp_path)) as switch, ExitStack() as up:
         for number, (name, path) in enumerate(zip(NAMES, switch.sockets, strict=True), 1):
             up.callback(detach, shared, name)
             up.enter_context(plugged(attach(shared, name, path), name, f"198.51.100.{number}"))
-        receiver = Receiver(NAMES[1], "198.51.100.2")
-        receiver.start()
-        receiver.listening.wait()
-        sender = Sender(NAMES[0], "198.51.100.2")
-        sender.start()
-        for number in range(1, KILLS + 1):
-            enough = number * SENT_BYTES // (KILLS + 1)
-            wait_until(lambda enough=enough: receiver.received_bytes > enough, "data")
-            switch.kill()
-            switch.start()
-        kill(inspect(shared, NAMES[0]).attachment.worker_pid)
-        for each in (sender, receiver):
-            each.join(CALL_TIMEOUT_S * 10)
-            assert not each.is_alive()
-        assert receiver.received_bytes == SENT_BYTES
-        assert receiver.digest.digest() == sender.digest.digest()
+        with sending(*NAMES, "198.51.100.2") as receiver:
+            for number in range(1, KILLS + 1):
+                enough = number * SENT_BYTES // (KILLS + 1)
+                wait_until(lambda enough=enough: receiver.received_bytes > enough, "data")
+                switch.kill()
+                switch.start()
+            kill(inspect(shared, NAMES[0]).attachment.worker_pid)
+
+
+IPAM = """#!/bin/sh
+cat > /dev/null
+echo '{"ips": [{"address": "198.51.100.'$((0x$(echo $CNI_CONTAINERID | cut -c5)))'/24"}]}'
+"""
+
+
+def cni(command: str, container: str, folder: Path, **network: object) -> dict[str, Any]:
+    """Ask the plugin as a container runtime does."""
+    config = {
+        "cniVersion": "1.1.0",
+        "name": "fast",
+        "type": "csi-vduse-net",
+        "socket": str(folder / "{container}.sock"),
+        "ipam": {"type": "ipam"},
+        **network,
+    }
+    environment = {
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": container,
+        "CNI_NETNS": f"/run/netns/{container}",
+        "CNI_IFNAME": "fast0",
+        "CNI_PATH": str(folder),
+    }
+    done = subprocess.run(
+        ["csi-vduse", "cni"],
+        input=json.dumps(config),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=CALL_TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout
+    said: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
+    return said
+
+
+def test_pods_get_cards_by_the_cni_plugin(shared: RunningAgent, tmp_path: Path):
+    """Two of them reach each other; what a DEL did not remove is collected."""
+    where = {"runDir": str(shared.run_dir)}
+    (tmp_path / "ipam").write_text(IPAM)
+    (tmp_path / "ipam").chmod(0o755)
+    with leaves_nothing(shared), serving(Switch(tmp_path)), ExitStack() as up:
+        results = {}
+        for name in NAMES:
+            ip("netns", "add", name)
+            up.callback(ip, "netns", "delete", name)
+            results[name] = cni("ADD", name, tmp_path, **where)
+        (interface,) = results[NAMES[0]]["interfaces"]
+        assert interface["name"] == "fast0"
+        (link,) = json.loads(
+            subprocess.check_output(["ip", "-json", "-netns", NAMES[0], "link", "show", "fast0"], text=True)
+        )
+        assert link["address"] == interface["mac"]
+        with sending(*NAMES, "198.51.100.11"):
+            pass
+        cni("CHECK", NAMES[0], tmp_path, prevResult=results[NAMES[0]], **where)
+        cni("DEL", NAMES[0], tmp_path, **where)
+        cni("GC", NAMES[1], tmp_path, **where, **{"cni.dev/valid-attachments": []})

@@ -113,15 +113,24 @@ def test_csi_sanity_passes_on_vduse_devices(tmp_path: Path, access_type: str) ->
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
 
 
-@pytest.mark.parametrize(("access_type", "image_format"), [("mount", "raw"), ("block", "qcow2")])
+@pytest.mark.parametrize(
+    ("access_type", "kind", "options"),
+    [
+        ("mount", "nbd", ["--format", "raw"]),
+        ("block", "nbd", ["--format", "qcow2"]),
+        ("mount", "qsd", ["--vhost-user", "d"]),
+    ],
+    ids=["mount-raw", "block-qcow2", "mount-qsd"],
+)
 def test_csi_sanity_passes_with_a_storage_server(
-    tmp_path_factory: pytest.TempPathFactory, access_type: str, image_format: str
+    tmp_path_factory: pytest.TempPathFactory, access_type: str, kind: str, options: list[str]
 ) -> None:
     csi_sanity.build()
     # Short names: a worker's socket below them has to fit.
     server, driver = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("driver")
-    pool = f"nbd:unix:{server}/control.sock"
-    with storage_server(server, "--format", image_format), standalone(driver, default=pool) as endpoint:
+    pool = f"{kind}:unix:{server}/control.sock"
+    options = [str(server / each) if each == "d" else each for each in options]
+    with storage_server(server, *options), standalone(driver, default=pool) as endpoint:
         done = subprocess.run(
             csi_sanity.command(endpoint, driver, access_type),
             stdout=subprocess.PIPE,

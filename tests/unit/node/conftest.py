@@ -115,7 +115,7 @@ async def loop_node(tmp_path: Path) -> AsyncIterator[LoopNode]:
         pytest.skip("no loop devices here (needs root); the VM suite proves the same on VDUSE devices")
     agent = LoopAgent(tmp_path)
 
-    def data_path(volume: Volume, _context: Mapping[str, str]) -> FileBackend:
+    async def data_path(volume: Volume, _context: Mapping[str, str]) -> FileBackend:
         return FileBackend(tmp_path / f"{volume.id}.raw")
 
     node = NodeContext("node-1", agent, DirectoryRegistry(tmp_path / "state"), data_path, agent.sysfs)

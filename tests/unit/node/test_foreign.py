@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 
 from csi_vduse.agent.model import disk_serial
 from csi_vduse.backends.nbd import data_path
-from csi_vduse.dataplane.backend_spec import BackendSpec
+from csi_vduse.dataplane.backend_spec import BackendSpec, NbdBackend
 from csi_vduse.errors import (
     AlreadyExists,
     CommandFailed,
@@ -32,7 +32,7 @@ from csi_vduse.node.unstage import unstage
 from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.volumes.blocking import BlockingPool
-from csi_vduse.volumes.model import FilesystemRecord, FilesystemState
+from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
 from csi_vduse.volumes.policy import Use
 from csi_vduse.volumes.sizes import CapacityRange
 from tests.unit.node.conftest import MIB, LoopNode, use
@@ -76,9 +76,11 @@ async def node(loop_node: LoopNode, server: StorageServer, tmp_path: Path) -> As
     loop_node.agent.nbd_pool = tmp_path / "pool"
     loop_node.agent.nbd_image = "v1"
     foreign = ForeignVolumes(tmp_path / "foreign", ask, threads)
-    loop_node.node = replace(
-        loop_node.node, foreign=foreign, data_path=lambda volume, context: data_path(volume.id, context)
-    )
+
+    async def path(volume: Volume, context: Mapping[str, str]) -> NbdBackend:
+        return data_path(volume.id, context)
+
+    loop_node.node = replace(loop_node.node, foreign=foreign, data_path=path)
     yield loop_node
     threads.close()
 

@@ -21,7 +21,7 @@ from csi_vduse.dataplane.engine import Engine
 from csi_vduse.dataplane.throttle import Throttle
 from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.dataplane.vhost_user.mediator import Mediator
-from csi_vduse.dataplane.vhost_user.protocol import Request
+from csi_vduse.dataplane.vhost_user.protocol import BackendRequest, Request
 from tests.unit.vhost_user.test_vhost_user_frontend import honest, reply
 from tests.unit.vhost_user.test_vhost_user_relay import IMAGE_BYTES, TIMEOUT_S, Driver, serving, until
 from tests.vhost_user.frontend import SIZE
@@ -212,6 +212,40 @@ def test_a_server_that_answers_what_it_was_not_asked_is_left(
         assert driver.guest.used() <= 1
         driver.relay.stop_queue(0, 0.1)
         driver.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        struct.pack("=III", Request.SET_MEM_TABLE, 1, 0),
+        struct.pack("=III", BackendRequest.CONFIG_CHANGE, 5, 0),
+        struct.pack("=III", BackendRequest.CONFIG_CHANGE, 1, 1 << 20),
+    ],
+    ids=["something else", "an answer", "too much"],
+)
+def test_a_server_that_tells_of_what_it_must_not_is_left(tmp_path: Path, said: bytes) -> None:
+    """On the channel for changes: an honest one changes nothing, and is not left."""
+    ends: list[socket.socket] = []
+    with puppet() as dial:
+
+        def dial_and_keep() -> tuple[socket.socket, frontend.Pair]:
+            sock, changes = dial()
+            ends.append(changes[1].dup())
+            return sock, changes
+
+        driver = MediatedDriver(tmp_path, tmp_path / "sock", dial_and_keep)
+        driver.start()
+        until(lambda: driver.relay.backend_status().connects == 1)
+        ends[0].sendall(struct.pack("=III", BackendRequest.CONFIG_CHANGE, 1 | 1 << 3, 0))
+        assert ends[0].recv(20) == struct.pack("=IIIQ", BackendRequest.CONFIG_CHANGE, 5, 8, 0)
+        assert not _told(driver)
+        ends[0].sendall(said)
+        until(lambda: _told(driver))
+        until(lambda: driver.relay.backend_status().connects > 1)
+        driver.relay.stop_queue(0, 0.1)
+        driver.close()
+        for end in ends:
+            end.close()
 
 
 def _told(driver: MediatedDriver) -> bool:

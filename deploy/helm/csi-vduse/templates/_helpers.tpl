@@ -53,6 +53,14 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
+{{- define "csi-vduse.poolLocation" -}}
+{{- if eq .kind "qsd" -}}
+unix:{{ .path }}/control.sock
+{{- else -}}
+{{ .path }}{{ with .maxHoldSeconds }}?max-hold-seconds={{ . }}{{ end }}
+{{- end -}}
+{{- end }}
+
 {{- define "csi-vduse.poolMounts" -}}
 {{- range .Values.pools }}
 - name: pool-{{ .name | replace "." "-" }}
