@@ -36,7 +36,7 @@ def main(environment: Mapping[str, str], stdin: str) -> tuple[int, str]:
     try:
         request = read(environment, stdin)
         result = asyncio.run(_perform(request, environment))
-    except (VduseError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a container runtime understands nothing but the answer below
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), _OTHER)
         hint = error.hint if isinstance(error, VduseError) else ""
         message = error.message if isinstance(error, VduseError) else str(error)
@@ -75,13 +75,15 @@ async def _add(agent: AgentClient, request: Request, environment: Mapping[str, s
         attached = await agent.attach(spec)
         if attached.path is None:
             raise Unavailable(f"card {request.card} has no interface yet", hint="retry")
-        interfaces.move(attached.path.name, request.netns, request.interface)
+        # In threads: pyroute2 has an event loop of its own.
+        await asyncio.to_thread(interfaces.move, attached.path.name, request.netns, request.interface)
         undo.push_async_callback(_ipam, request, {**environment, "CNI_COMMAND": "DEL"})
         given = await _ipam(request, environment)
         ips = [{**each, "interface": 0} for each in given.get("ips", [])]
         addresses, routes = [each["address"] for each in ips], given.get("routes", [])
-        mac = interfaces.set_up(
-            request.netns, request.interface, addresses, routes, mtu=int(request.network.get("mtu", 0))
+        mtu = int(request.network.get("mtu", 0))
+        mac = await asyncio.to_thread(
+            interfaces.set_up, request.netns, request.interface, addresses, routes, mtu=mtu
         )
         undo.pop_all()
     return {
@@ -96,7 +98,8 @@ async def _add(agent: AgentClient, request: Request, environment: Mapping[str, s
 async def _check(agent: AgentClient, request: Request, environment: Mapping[str, str]) -> None:
     await agent.inspect(request.card)
     before = request.network.get("prevResult", {})
-    interfaces.check(request.netns, request.interface, [each["address"] for each in before.get("ips", [])])
+    addresses = [each["address"] for each in before.get("ips", [])]
+    await asyncio.to_thread(interfaces.check, request.netns, request.interface, addresses)
     await _ipam(request, environment)
 
 
