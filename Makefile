@@ -134,8 +134,8 @@ demo-kubernetes: cluster-deps ## a volume's life on the cluster, started if need
 test-e2e: cluster-deps ## the steps of all stories with assertions, on the cluster, started if need be
 	@$(call TIMED,$(PYTEST) tests/e2e)
 
-test-cluster: cluster-deps ## a volume's life with assertions, on a cluster that is started, and ended
-	@$(call TIMED,$(PYTEST) tests/e2e -k life; \
+test-cluster: cluster-deps ## a volume's life, and one of a vhost-user server, with assertions; the cluster is started, and ended
+	@$(call TIMED,$(PYTEST) tests/e2e -k 'life or served'; \
 		passed=$$?; $(BIN)/python -m lab.cluster down; test $$passed = 0)
 
 FOCUS ?=
