@@ -53,9 +53,8 @@ class Processors:
             event = self._socket.recv(_EVENT_BYTES)
         except BlockingIOError:
             return
-        except (
-            OSError
-        ):  # more came than there was room for (ENOBUFS): something of ours may have been among it
+        except OSError:
+            # More came than there was room for (ENOBUFS): something of ours may have been among it.
             event = _OFFLINE
         if event.startswith(_OFFLINE):
             self.repair()

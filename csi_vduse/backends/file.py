@@ -31,6 +31,7 @@ from csi_vduse import records
 from csi_vduse.backends.base import MAX_HOLD_S, Copying, PoolUsage
 from csi_vduse.backends.copying import can_share_blocks, copy_image
 from csi_vduse.backends.faults import translated
+from csi_vduse.backends.local import OfOneNode
 from csi_vduse.dataplane.backend_spec import BackendSpec, FileBackend
 from csi_vduse.errors import DataLoss, DeadlineExceeded, FailedPrecondition, InvalidArgument, VduseError
 from csi_vduse.files import UNFINISHED, allocated_bytes, flush_directory, remove_tree, unfinished
@@ -80,7 +81,7 @@ def parse_location(text: str) -> FileLocation:
     return location
 
 
-class FilePool:
+class FilePool(OfOneNode):
     """A pool in a directory; see the Protocol Backend for what the methods promise.
 
     Args:
@@ -204,23 +205,6 @@ class FilePool:
         # Two calls: what is listed too late, after we were given up, is another's work in progress.
         leftovers = await self._short(self._leftovers)
         await self._short(self._remove, leftovers)
-
-    async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
-        """Nothing to do and nothing to tell: the image is where the node is."""
-        del volume, node_id, read_only, shared
-        return {}
-
-    async def unpublish(self, volume_id: str, node_id: str) -> None:
-        """Nothing to do."""
-
-    async def published(self) -> Mapping[str, tuple[str, ...]]:
-        """Nothing is remembered."""
-        return {}
-
-    async def nodes_of(self, volume_id: str) -> tuple[str, ...]:
-        """Nothing is remembered."""
-        del volume_id
-        return ()
 
     async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the image's path."""

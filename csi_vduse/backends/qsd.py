@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from csi_vduse.backends.local import OfOneNode
 from csi_vduse.backends.nbd import NbdLocation, NbdPool
 from csi_vduse.backends.nbd import parse_location as parse_nbd_location
 from csi_vduse.dataplane.backend_spec import BackendSpec, VhostUserBackend
@@ -35,7 +36,7 @@ def parse_location(text: str) -> NbdLocation:
     return location
 
 
-class QsdPool(NbdPool):
+class QsdPool(OfOneNode, NbdPool):
     """A storage server's pool; see the Protocol Backend for what the methods promise, and NbdPool for arguments."""
 
     @property
@@ -48,23 +49,6 @@ class QsdPool(NbdPool):
         await self.check()
         await self._client.unpublish(volume_id, "")
         await super().delete_volume(volume_id)
-
-    async def publish(self, volume: Volume, node_id: str, *, read_only: bool, shared: bool) -> dict[str, str]:
-        """Nothing to do: nobody else can use it."""
-        del volume, node_id, read_only, shared
-        return {}
-
-    async def unpublish(self, volume_id: str, node_id: str) -> None:
-        """Nothing to do."""
-
-    async def published(self) -> Mapping[str, tuple[str, ...]]:
-        """Return nothing: that the server has a socket of it says nothing about its use."""
-        return {}
-
-    async def nodes_of(self, volume_id: str) -> tuple[str, ...]:
-        """Return nothing, as `published`."""
-        del volume_id
-        return ()
 
     async def data_path(self, volume: Volume, publish_context: Mapping[str, str]) -> BackendSpec:
         """Return the volume's socket, which the server opens if it is not there.

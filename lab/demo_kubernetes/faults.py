@@ -47,8 +47,7 @@ def kill_containers(shown: Shown) -> None:
 def restart_services(shown: Shown) -> None:
     """Kubelet and containerd die on each node, and are started again."""
     shown.story.step("kill -9 kubelet, then containerd, and start them again")
-    for node in shown.cluster.layout.nodes:
-        machine = NodeMachine(shown.cluster.layout, node)
+    for machine in shown.machines:
         for service in ("kubelet", "containerd"):
 
             def restart(machine: NodeMachine = machine, service: str = service) -> None:
@@ -56,7 +55,7 @@ def restart_services(shown: Shown) -> None:
                 machine.start(service)
                 _wait_for_kubelet(shown, machine.node.name)
 
-            _during(shown, f"{service} on {node.name}", restart)
+            _during(shown, f"{service} on {machine.node.name}", restart)
 
 
 def api_away(shown: Shown) -> None:
@@ -103,9 +102,9 @@ def _kill(shown: Shown, pod: Any, container: str) -> None:  # noqa: ANN401 -- JS
     """Kill a container's first process, and wait until kubelet has started it again and it is ready."""
     name = pod["metadata"]["name"]
     before = _status(shown, name, container)
-    node = next(each for each in shown.cluster.layout.nodes if each.name == pod["spec"]["nodeName"])
+    machine = next(each for each in shown.machines if each.node.name == pod["spec"]["nodeName"])
     identifier = before["containerID"].rpartition("/")[2]
-    NodeMachine(shown.cluster.layout, node).kill_container(identifier)
+    machine.kill_container(identifier)
 
     def back() -> bool:
         now = _status(shown, name, container)

@@ -39,6 +39,11 @@ class Shown:
         return Kubectl(self.cluster, NAMESPACE)
 
     @property
+    def machines(self) -> list[NodeMachine]:
+        """The nodes."""
+        return [NodeMachine(self.cluster.layout, node) for node in self.cluster.layout.nodes]
+
+    @property
     def driver(self) -> Kubectl:
         """Kubectl in the driver's namespace."""
         return Kubectl(self.cluster, helm.NAMESPACE)
@@ -115,7 +120,7 @@ def expand(shown: Shown) -> None:
     after = _size_bytes(kubectl)
     story.seen(kubectl.sh("writer", "df -h /data | tail -1"))
     story.check(before < 128 * _MIB < after, f"the pod sees {before // _MIB} MiB become {after // _MIB} MiB")
-    _same(shown, "writer", "the data is what was written")
+    same(shown, "writer", "the data is what was written")
 
 
 def snapshot(shown: Shown) -> None:
@@ -132,7 +137,7 @@ def snapshot(shown: Shown) -> None:
     story.asked("kubectl apply -f restored.yaml")
     kubectl.apply("restored.yaml")
     kubectl.wait_ready("reader")
-    _same(shown, "reader", "the restored volume has the data")
+    same(shown, "reader", "the restored volume has the data")
     files = kubectl.sh("reader", "ls /data")
     story.check("later" not in files, "and nothing that was written after the snapshot")
 
@@ -161,7 +166,7 @@ def come_back(shown: Shown) -> None:
     kubectl.delete("pod.yaml")
     kubectl.apply("pod.yaml")
     kubectl.wait_ready("writer")
-    _same(shown, "writer", "the data is intact")
+    same(shown, "writer", "the data is intact")
 
 
 def clean_up(shown: Shown) -> None:
@@ -174,11 +179,11 @@ def clean_up(shown: Shown) -> None:
     for kind in ("pv", "volumeattachments", "vdusevolumes", "volumesnapshotcontents"):
         kubectl.wait_until(lambda kind=kind: not kubectl.objects(kind), f"there are no {kind}")  # type: ignore[misc]
         story.check(not kubectl.objects(kind), f"the API has no {kind}")
-    for node in shown.cluster.layout.nodes:
+    for machine in shown.machines:
         for what, command in _LEFT.items():
-            left = NodeMachine(shown.cluster.layout, node).run("sh", "-c", command, check=False).stdout
+            left = machine.run("sh", "-c", command, check=False).stdout
             story.check(
-                not left.strip(), f"{node.name} has no {what}" + (f": {left}" if left.strip() else "")
+                not left.strip(), f"{machine.node.name} has no {what}" + (f": {left}" if left.strip() else "")
             )
 
 
@@ -201,6 +206,7 @@ def _size_bytes(kubectl: Kubectl) -> int:
     return int(kubectl.sh("writer", "df -k /data | tail -1").split()[1]) * 1024
 
 
-def _same(shown: Shown, pod: str, claim: str) -> None:
+def same(shown: Shown, pod: str, claim: str) -> None:
+    """The file that the story's writer wrote is what the pod reads."""
     read = shown.kubectl.sh(pod, "sha256sum </data/file")
     shown.story.check(read == shown.checksums["writer"], f"{claim} (sha256 {read[:12]}...)")

@@ -8,7 +8,7 @@ from lab.cluster.control_plane import ControlPlane
 from lab.cluster.node import NodeMachine
 from lab.demo_kubernetes import helm
 from lab.demo_kubernetes.kubectl import WAIT_S
-from lab.demo_kubernetes.life import Shown
+from lab.demo_kubernetes.life import Shown, same
 from lab.paths import CHECKOUT
 
 _VALUES = CHECKOUT / "lab" / "demo_kubernetes" / "values-remote.yaml"
@@ -124,7 +124,7 @@ def lose(shown: Shown) -> None:
     story.seen(said)
     story.check(said.startswith("refused"), "the export that it had does not exist: it cannot write")
     pod, node = _pod(shown)
-    _same(shown, pod)
+    same(shown, pod, "it has the data")
     story.check(kubectl.sh(pod, "cat /data/second") == "second", f"the pod on {node} has what it wrote")
 
 
@@ -158,7 +158,7 @@ def _moved(shown: Shown, target: str) -> str:
     """The pod, which has to run on `target` and to have its data."""
     pod, node = _pod(shown)
     shown.story.check(node == target, f"the pod runs on {node}")
-    _same(shown, pod)
+    same(shown, pod, "it has the data")
     return pod
 
 
@@ -179,8 +179,7 @@ def _in_service(shown: Shown) -> None:
 
 
 def _machine(shown: Shown, number: int) -> NodeMachine:
-    layout = shown.cluster.layout
-    return NodeMachine(layout, layout.nodes[number - 1])
+    return shown.machines[number - 1]
 
 
 def _lines(shown: Shown, pod: str) -> str:
@@ -196,8 +195,3 @@ def _writes(node: NodeMachine) -> tuple[int, int]:
     """
     fields = node.run("sh", "-c", "cat /sys/block/vd*/stat").stdout.split()
     return int(fields[4]), int(fields[8])
-
-
-def _same(shown: Shown, pod: str) -> None:
-    read = shown.kubectl.sh(pod, "sha256sum </data/file")
-    shown.story.check(read == shown.checksums["writer"], f"it has the data (sha256 {read[:12]}...)")

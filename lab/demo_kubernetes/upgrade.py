@@ -1,7 +1,6 @@
 """Another release of the driver, and back, while two pods write and verify."""
 
 from lab.cluster import product_image
-from lab.cluster.node import NodeMachine
 from lab.demo_kubernetes import helm
 from lab.demo_kubernetes.faults import begin, end
 from lab.demo_kubernetes.life import Shown
@@ -14,8 +13,8 @@ def carry(shown: Shown) -> None:
     """The image of the next release comes to the nodes."""
     shown.story.step(f"Bring the image of release {NEXT} to the nodes")
     image = product_image.obtain(NEXT) / "image.tar"
-    for node in shown.cluster.layout.nodes:
-        NodeMachine(shown.cluster.layout, node).import_images([image])
+    for machine in shown.machines:
+        machine.import_images([image])
     shown.story.seen(_versions(shown))
 
 

@@ -19,7 +19,7 @@ from pyroute2 import netns
 from csi_vduse.proto import agent_pb2
 from lab import rte_vhost
 from tests.vm.conftest import CALL_TIMEOUT_S, MIB, RunningAgent, kill, leaves_nothing, wait_until
-from tests.vm.test_agent import VIRTIO
+from tests.vm.test_agent import VIRTIO, detach, inspect
 from tests.vm.vhost_user_servers import Server, serving
 
 pytestmark = pytest.mark.emulated("DPDK's thread never sleeps: it needs a processor that others do not")
@@ -49,14 +49,6 @@ def attach(agent: RunningAgent, name: str, path: Path) -> str:
     backend = agent_pb2.Backend(vhost_user=agent_pb2.VhostUserBackend(socket=str(path)))
     request = agent_pb2.AttachRequest(volume_id=name, backend=backend, bus=VIRTIO, is_network=True)
     return Path(agent.stub.Attach(request, timeout=CALL_TIMEOUT_S).path).name
-
-
-def detach(agent: RunningAgent, name: str) -> None:
-    agent.stub.Detach(agent_pb2.DetachRequest(volume_id=name), timeout=CALL_TIMEOUT_S)
-
-
-def inspect(agent: RunningAgent, name: str) -> agent_pb2.InspectResponse:
-    return agent.stub.Inspect(agent_pb2.InspectRequest(volume_id=name), timeout=CALL_TIMEOUT_S)
 
 
 def ip(*words: str) -> None:

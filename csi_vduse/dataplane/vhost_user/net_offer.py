@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 from csi_vduse.dataplane import config_space
 from csi_vduse.dataplane.vhost_user.offer import Offer
 from csi_vduse.dataplane.vhost_user.protocol import ProtocolFeature
-from csi_vduse.errors import FailedPrecondition, ProtocolError
+from csi_vduse.errors import ProtocolError
 
 QUEUES: Final = 2  # receive, transmit
 
@@ -61,10 +61,7 @@ class NetOffer(Offer):
             ProtocolError: what it says cannot be.
         """
         del read_only, without_flush, keeps_log
-        if not self.protocol_features & ProtocolFeature.REPLY_ACK:
-            raise FailedPrecondition("the vhost-user server does not acknowledge requests (REPLY_ACK)")
-        if not self.features & config_space.F_VERSION_1:
-            raise FailedPrecondition("the vhost-user server does not speak virtio 1")
+        self.check_language(ProtocolFeature.REPLY_ACK)
         if not self.queue_count:
             raise ProtocolError("the vhost-user server has no queues")
 

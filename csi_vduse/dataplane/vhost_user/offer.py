@@ -39,7 +39,7 @@ _CARRIED: Final = (
 _OF_DISK: Final = _CARRIED & ~(
     config_space.F_MQ | config_space.F_INDIRECT_DESC | config_space.F_EVENT_IDX | config_space.F_VERSION_1
 )
-# What nothing goes without.
+# What devices need, and what a server without it does not do.
 _NEEDED: Final = {
     ProtocolFeature.REPLY_ACK: "does not acknowledge requests (REPLY_ACK)",
     ProtocolFeature.CONFIG: "does not show its configuration space (CONFIG): it is no vhost-user-blk server",
@@ -116,6 +116,14 @@ class Offer:
             return config_space.SECTOR_BYTES
         return int(_CAPACITY_AND_BLOCK.unpack_from(self.config)[-1])
 
+    def check_language(self, needed: ProtocolFeature) -> None:
+        """Refuse a server that does not speak these parts of the protocol, and virtio 1: FailedPrecondition."""
+        for feature, what in _NEEDED.items():
+            if needed & feature and not self.protocol_features & feature:
+                raise FailedPrecondition(f"the vhost-user server {what}")
+        if not self.features & config_space.F_VERSION_1:
+            raise FailedPrecondition("the vhost-user server does not speak virtio 1")
+
     def check(self, *, read_only: bool, without_flush: bool, keeps_log: bool) -> None:
         """Refuse a server that cannot serve a volume of ours; keeps_log: it works on the driver's rings by itself.
 
@@ -123,12 +131,8 @@ class Offer:
             FailedPrecondition: it lacks what is needed.
             ProtocolError: what it says cannot be.
         """
-        for feature, what in _NEEDED.items():
-            needed = keeps_log or feature != ProtocolFeature.INFLIGHT_SHMFD
-            if needed and not self.protocol_features & feature:
-                raise FailedPrecondition(f"the vhost-user server {what}")
-        if not self.features & config_space.F_VERSION_1:
-            raise FailedPrecondition("the vhost-user server does not speak virtio 1")
+        needed = ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
+        self.check_language(needed | ProtocolFeature.INFLIGHT_SHMFD if keeps_log else needed)
         if not self.features & config_space.F_FLUSH and not without_flush:
             raise FailedPrecondition(
                 "the vhost-user server cannot flush: what was written may be lost with it",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.processes import is_alive
+
 # The agent writes "agent PID", spawns a worker, and writes "worker PID"; the worker writes its descriptors.
 PROGRAM = """
 import os, socket, sys, time
@@ -89,13 +91,6 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[str], Running]]:
     started: list[Running] = []
@@ -109,7 +104,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Running]]:
         running.process.kill()
         running.process.wait()
         for (pid,) in running.said("worker") + running.said("agent"):
-            if alive(int(pid)):
+            if is_alive(int(pid)):
                 os.kill(int(pid), signal.SIGKILL)
 
 
@@ -118,7 +113,7 @@ def test_a_killed_agent_is_started_again_and_workers_go_on(start):
     (agent,), (worker,) = running.wait_for("agent"), running.wait_for("worker")
     os.kill(int(agent), signal.SIGKILL)
     running.wait_for("agent", 2)
-    assert alive(int(worker))
+    assert is_alive(int(worker))
 
 
 def test_stopping_ends_the_agent_and_leaves_the_workers(start):
@@ -126,8 +121,8 @@ def test_stopping_ends_the_agent_and_leaves_the_workers(start):
     (agent,), (worker,) = running.wait_for("agent"), running.wait_for("worker")
     running.process.terminate()
     assert running.process.wait(10) == 0  # at once, not when the agent's time to stop is over
-    assert not alive(int(agent))
-    assert alive(int(worker))
+    assert not is_alive(int(agent))
+    assert is_alive(int(worker))
 
 
 def test_an_agent_that_cannot_start_ends_the_spawner_with_its_code(start):
@@ -140,7 +135,7 @@ def test_an_agent_that_cannot_start_again_is_tried_again_while_workers_live(star
     running = start("fail-later")
     (worker,) = running.wait_for("worker")
     running.wait_for("agent", 3)
-    assert alive(int(worker))
+    assert is_alive(int(worker))
     assert running.process.poll() is None
 
 
@@ -187,7 +182,7 @@ def test_workers_are_not_left_without_an_agent_when_the_other_one_is_gone(start,
     assert len(running.said("agent")) == 1
     running.vacant.touch()
     running.wait_for("agent", 2)
-    assert alive(int(worker))
+    assert is_alive(int(worker))
     assert running.process.poll() is None
 
 
@@ -207,8 +202,8 @@ def test_executed_anew_it_keeps_its_number_and_its_workers(start):
     (agent,), (worker,) = running.wait_for("agent"), running.wait_for("worker")
     running.process.send_signal(signal.SIGHUP)
     running.wait_for("agent", 2)
-    assert not alive(int(agent))
-    assert alive(int(worker))
+    assert not is_alive(int(agent))
+    assert is_alive(int(worker))
     running.wait_for("worker", 2)
     os.kill(int(worker), signal.SIGKILL)
     until(lambda: not Path(f"/proc/{worker}").exists())  # reaped: it is still a child
@@ -220,7 +215,7 @@ def test_a_program_that_cannot_be_executed_anew_goes_on(start):
     (worker,) = running.wait_for("worker")
     running.process.send_signal(signal.SIGHUP)
     running.wait_for("worker", 2)
-    assert alive(int(worker))
+    assert is_alive(int(worker))
     assert running.process.poll() is None
 
 

@@ -14,23 +14,18 @@ from csi_vduse.backends.qsd import QsdPool, parse_location
 from csi_vduse.dataplane.backend_spec import VhostUserBackend
 from csi_vduse.dataplane.vhost_user import frontend
 from csi_vduse.errors import FailedPrecondition
-from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.config import ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
 from csi_vduse.volumes.model import Volume
 from tests.unit.backends.builders import MIB, a_volume
+from tests.unit.storage.use import config_in
 
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
-    (tmp_path / "images").mkdir()
-    return ServerConfig(
-        directory=tmp_path / "images",
-        run_dir=tmp_path / "run",
-        control=Address(path=tmp_path / "control.sock"),
-        nbd=Address(path=tmp_path / "nbd.sock"),
-        vhost_user=tmp_path_factory.mktemp("d"),  # whose path has to be short
-    )
+    # Its path has to be short.
+    return config_in(tmp_path, "images", vhost_user=tmp_path_factory.mktemp("d"))
 
 
 @asynccontextmanager

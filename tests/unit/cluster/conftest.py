@@ -24,12 +24,12 @@ from csi_vduse.kube.api import ApiServer, at
 from csi_vduse.kube.resources import CORE_NODES, NODES, SNAPSHOTS, VOLUMES, Object
 from csi_vduse.proto import csi_pb2, csi_pb2_grpc, pluginregistration_pb2, pluginregistration_pb2_grpc
 from csi_vduse.services import controller_process, node_plugin, node_status, node_work, waiting
-from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
 from tests.unit.fakes.agent import FakeAgent
 from tests.unit.fakes.kubernetes_api import FakeApi, fake_api
 from tests.unit.services.stack import create_request
+from tests.unit.storage.use import config_in
 
 TIMEOUT_S = 60.0
 
@@ -211,13 +211,7 @@ async def one_node(cluster: Cluster) -> ClusterNode:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[StorageServer]:
-    (tmp_path / "images").mkdir()
-    config = ServerConfig(
-        directory=tmp_path / "images",
-        run_dir=tmp_path / "run",
-        control=Address(path=tmp_path / "control.sock"),
-        nbd=Address(path=tmp_path / "nbd.sock"),
-    )
+    config = config_in(tmp_path, "images")
     server = StorageServer(config)
     async with server.running(), listening(config, server):
         yield server

@@ -9,6 +9,7 @@ import pytest
 
 from lab.errors import LabSetupError
 from lab.host import run
+from tests.unit.processes import is_alive
 
 
 def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
@@ -16,17 +17,10 @@ def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> No
     script = f"sleep 600 & echo $! >{tmp_path}/pid; wait"
     with pytest.raises(LabSetupError, match="did not end within 0 s"):
         run(["sh", "-c", script], timeout_s=0.3)
-    pid = (tmp_path / "pid").read_text().strip()
+    pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 30
-    while _is_alive(pid):  # one that was killed is so until it has run once more
+    while is_alive(pid):  # one that was killed is so until it has run once more
         assert time.monotonic() < deadline
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
 
 
 def test_what_waits_for_others_may_take_too_long_more_than_once(tmp_path: Path) -> None:

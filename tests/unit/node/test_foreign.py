@@ -29,7 +29,6 @@ from csi_vduse.node.stage import StageRequest, stage
 from csi_vduse.node.stats import volume_health
 from csi_vduse.node.unpublish import unpublish
 from csi_vduse.node.unstage import unstage
-from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.volumes.blocking import BlockingPool
 from csi_vduse.volumes.model import FilesystemRecord, FilesystemState, Volume
@@ -37,6 +36,7 @@ from csi_vduse.volumes.policy import Use
 from csi_vduse.volumes.sizes import CapacityRange
 from tests.unit.node.conftest import MIB, LoopNode, use
 from tests.unit.storage.nbd_client import NbdClient, Refused
+from tests.unit.storage.use import config_in
 
 ID = "erp/db 1"  # a volume handle need not look like one of our ids
 SIZE = 64 * MIB
@@ -46,15 +46,7 @@ SAID: dict[str, Any] = {"min_block_bytes": 1, "multi_conn": True}
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[StorageServer]:
-    (tmp_path / "pool").mkdir()
-    server = StorageServer(
-        ServerConfig(
-            directory=tmp_path / "pool",
-            run_dir=tmp_path / "run",
-            control=Address(path=tmp_path / "control.sock"),
-            nbd=Address(path=tmp_path / "nbd.sock"),
-        )
-    )
+    server = StorageServer(config_in(tmp_path, "pool"))
     async with server.running():
         yield server
 

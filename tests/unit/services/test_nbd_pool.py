@@ -21,7 +21,6 @@ from csi_vduse.errors import (
 from csi_vduse.proto import csi_pb2
 from csi_vduse.services.foreign import foreign_volumes
 from csi_vduse.storage.client import Granted, StorageClient
-from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.server import StorageServer
 from csi_vduse.storage.service import listening
 from csi_vduse.volumes.ids import volume_id
@@ -38,17 +37,12 @@ from tests.unit.services.stack import (
     mount,
 )
 from tests.unit.storage.nbd_client import CutOff, NbdClient, Refused
+from tests.unit.storage.use import config_in
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "images").mkdir()
-    return ServerConfig(
-        directory=tmp_path / "images",
-        run_dir=tmp_path / "run",
-        control=Address(path=tmp_path / "control.sock"),
-        nbd=Address(path=tmp_path / "nbd.sock"),
-    )
+    return config_in(tmp_path, "images")
 
 
 @pytest.fixture

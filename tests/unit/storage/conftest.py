@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from csi_vduse.storage.config import Address, ServerConfig
+from csi_vduse.storage.config import ServerConfig
 from csi_vduse.storage.model import Format
 from csi_vduse.storage.server import StorageServer
-from tests.unit.storage.use import clients
+from tests.unit.storage.use import clients, config_in
 
 
 @pytest.fixture(params=[Format.RAW, Format.QCOW2], ids=lambda one: one.value)
@@ -19,14 +19,7 @@ def image_format(request) -> Format:
 
 @pytest.fixture
 def config(tmp_path: Path, image_format: Format) -> ServerConfig:
-    (tmp_path / "pool").mkdir()
-    return ServerConfig(
-        directory=tmp_path / "pool",
-        run_dir=tmp_path / "run",
-        control=Address(path=tmp_path / "control.sock"),
-        nbd=Address(path=tmp_path / "nbd.sock"),
-        image_format=image_format,
-    )
+    return config_in(tmp_path, "pool", image_format=image_format)
 
 
 @contextlib.asynccontextmanager

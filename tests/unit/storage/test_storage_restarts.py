@@ -12,6 +12,7 @@ import pytest
 
 from csi_vduse.errors import DataLoss, FailedPrecondition, Unavailable
 from csi_vduse.storage import block, qmp
+from tests.unit.processes import is_alive
 from tests.unit.storage.conftest import started
 from tests.unit.storage.nbd_client import Refused
 from tests.unit.storage.use import BLOCK, MIB, SIZE, check_images, connect, publish, volume
@@ -236,10 +237,3 @@ async def test_a_copy_that_began_late_is_ended_before_its_source_is_given_up(ser
     await server.delete(volume("v1"))
     seen = await server._core.block.observe()
     assert (seen.jobs, seen.nodes) == (frozenset(), frozenset())
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -2,13 +2,30 @@
 
 import asyncio
 import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from csi_vduse.storage.config import Address, ServerConfig
 from csi_vduse.storage.model import Key, Kind
 from tests.unit.storage.nbd_client import NbdClient
 
 MIB = 1 << 20
 SIZE = 8 * MIB
 BLOCK = bytes(range(256)) * 16
+
+
+def config_in(folder: Path, directory: str, **changes: Any) -> ServerConfig:
+    """A storage server whose sockets and images, in this directory, are in a folder; the directory is made."""
+    (folder / directory).mkdir()
+    made = ServerConfig(
+        directory=folder / directory,
+        run_dir=folder / "run",
+        control=Address(path=folder / "control.sock"),
+        nbd=Address(path=folder / "nbd.sock"),
+    )
+    return replace(made, **changes)
+
 
 clients: list[NbdClient] = []  # closed after each test
 
